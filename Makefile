@@ -1,0 +1,73 @@
+# make setup | quickstart | test | docs | lab | speed | clean
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS := train,notebook,metaworld,dev
+# Two torch threads on a busy two-core machine are slower than one; a GPU machine does not notice.
+export OMP_NUM_THREADS ?= 1
+export MUJOCO_GL ?= egl
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+RUNS := experiments/runs
+MODEL := $(RUNS)/models/tiny_qwen2_5_vl
+DATA := $(RUNS)/data/metaworld_quickstart
+CONFIG := experiments/configs/quickstart.yaml
+TASKS := drawer-open-v3 button-press-topdown-v3 window-open-v3 door-open-v3
+OVERRIDES ?=
+
+.PHONY: setup system quickstart test notebooks docs smoke lab speed format clean
+setup: $(BIN)/.ready system
+
+$(BIN)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vla_bench[train] needs Python 3.11 or newer: make setup PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+system: ; @.ci/system-libraries
+
+$(MODEL)/config.json: | setup
+	python -m vla_bench.models.backbones.tiny qwen2_5_vl --out $(MODEL)
+
+$(DATA)/meta/info.json: | setup
+	python -m vla_bench.benchmarks.metaworld record --tasks $(TASKS) --episodes 25 --out $(DATA)
+
+quickstart: setup $(MODEL)/config.json $(DATA)/meta/info.json
+	mkdir -p $(RUNS)/quickstart
+	papermill experiments/train.ipynb $(RUNS)/quickstart/train.ipynb -p config $(CONFIG) -p overrides '$(OVERRIDES)' --log-output --no-progress-bar
+	papermill experiments/evaluate.ipynb $(RUNS)/quickstart/evaluate.ipynb -p config $(RUNS)/quickstart --log-output --no-progress-bar
+	python -m vla_bench.evaluation.report $(RUNS)/quickstart
+
+test: setup
+	ruff check .
+	pytest
+
+# The whole loop in two minutes: two demonstrations of two tasks, a few steps, a few episodes.
+smoke: setup $(MODEL)/config.json
+	rm -rf $(RUNS)/smoke $(RUNS)/data/metaworld_smoke
+	mkdir -p $(RUNS)/smoke
+	python -m vla_bench.benchmarks.metaworld record --tasks drawer-open-v3 window-open-v3 --episodes 2 --out $(RUNS)/data/metaworld_smoke
+	papermill experiments/train.ipynb $(RUNS)/smoke/train.ipynb -p config experiments/configs/smoke.yaml --no-progress-bar
+	papermill experiments/evaluate.ipynb $(RUNS)/smoke/evaluate.ipynb -p config $(RUNS)/smoke --no-progress-bar
+	python -m vla_bench.evaluation.report $(RUNS)/smoke
+
+docs: setup
+	python docs/build.py
+	echo "documentation: _docs/index.html"
+
+# Notebooks are the source: format them, write the package anew, keep only the outputs that teach.
+format: setup
+	ruff format -q nbs experiments figures tests docs
+	nbdev-export
+	nbdev-clean
+	for folder in experiments figures; do nbdev-clean --fname $$folder; done
+
+lab: setup
+	jupyter lab nbs/index.ipynb
+
+clean:
+	rm -rf _docs _proc _site_src
