@@ -267,7 +267,7 @@ def load_config(
 ) -> Config:
     """The configuration tree. Raises `FileNotFoundError` or `ConfigError`."""
     if not OmegaConf.has_resolver("settings"):
-        OmegaConf.register_new_resolver("settings", get_setting)
+        OmegaConf.register_resolver("settings", get_setting)
     where = "configuration" if isinstance(source, Mapping) else str(source)
     tree = _canonical_tree(
         OmegaConf.create(source) if isinstance(source, Mapping) else _read_yaml(source), where

@@ -209,5 +209,8 @@ HEADS = Registry(
 BENCHMARKS = Registry(
     "benchmark",
     "vla_bench.benchmarks",
-    {"metaworld": Known("vla_bench.benchmarks.metaworld", ("MetaWorld",))},
+    {
+        "metaworld": Known("vla_bench.benchmarks.metaworld", ("MetaWorld",)),
+        "point": Known("vla_bench.benchmarks.point"),
+    },
 )

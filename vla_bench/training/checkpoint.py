@@ -6,7 +6,7 @@ Docs: https://vla-bench.github.io/vla_bench/training/checkpoint.html.md"""
 
 # %% auto #0
 __all__ = ['atomic_folder', 'remove_leftovers', 'list_checkpoints', 'checkpoint_step', 'latest_checkpoint', 'find_checkpoint',
-           'rng_state', 'set_rng_state', 'save_trainer', 'load_progress', 'load_trainer', 'Saveable', 'save_checkpoint']
+           'rng_state', 'set_rng_state', 'save_trainer', 'load_progress', 'load_trainer', 'save_checkpoint']
 
 # %% ../../nbs/training/10_checkpoint.ipynb #ec373f00
 import json
@@ -16,13 +16,15 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from ..config import suggest
 from ..data.layout import PolicySpec, spec_to_dict
+from ..models.frameworks.framework import Framework
 
 # %% ../../nbs/training/10_checkpoint.ipynb #9c36d4a5
 @contextmanager
@@ -178,18 +180,11 @@ def load_trainer(
     set_rng_state(rng[rank])
 
 # %% ../../nbs/training/10_checkpoint.ipynb #8476ef5e
-class Saveable(Protocol):
-    """What `save_checkpoint` asks of a model."""
-
-    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping | None = None) -> None:
-        """Writes weights and configuration, enough to be loaded without network."""
-
-
 def save_checkpoint(
     run: str | Path,
     step: int,  # optimizer steps seen
     *,
-    framework: Saveable,
+    framework: Framework,
     spec: PolicySpec,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
@@ -200,7 +195,9 @@ def save_checkpoint(
     """Writes `checkpoints/step_…`, whole or not at all. To be called by one process."""
     final = Path(run) / "checkpoints" / f"step_{step:06d}"
     with atomic_folder(final) as folder:
-        framework.save_pretrained(folder, state_dict=weights)
+        framework.save_pretrained(folder)
+        if weights is not None:
+            save_file({k: v.clone() for k, v in weights.items()}, folder / "model.safetensors")
         (folder / "policy.json").write_text(json.dumps(spec_to_dict(spec), indent=2) + "\n")
         save_trainer(folder, optimizer=optimizer, scheduler=scheduler, rng=rng, progress=progress)
     return final

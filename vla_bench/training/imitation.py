@@ -369,7 +369,7 @@ def update(
     accelerator, losses = run.accelerator, []
     for number, (batch, weight) in enumerate(zip(batches, valid_shares(accelerator, batches))):
         with accelerator.accumulate(run.model):
-            loss = sum(run.model(send_to_device(batch, accelerator.device)).values())
+            loss = run.model(send_to_device(batch, accelerator.device))["action_loss"]
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(not_finite(run, f"loss is {loss.item()}", number))
             scale = len(batches) * accelerator.num_processes
@@ -410,7 +410,7 @@ def not_finite(
             alone = run.framework.forward(
                 send_to_device(run.framework.prepare([sample]), run.accelerator.device)
             )
-        finite = math.isfinite(sum(alone.values()).item())
+        finite = math.isfinite(alone["action_loss"].item())
         (innocent if finite else guilty).append(str(sample.get("origin", f"row {key[1]}")))
     head = f"step {run.step + 1}: the {what}; the weights are still those of step {run.step}. "
     if guilty:

@@ -80,7 +80,7 @@ def parameter_groups(
     learning_rate: float | Mapping[str, Any],  # as in `flat_learning_rates`
     weight_decay: float = 0.0,  # of matrices
 ) -> list[dict]:  # for a torch optimizer: params, lr, weight_decay, and `name`
-    """Groups by learning rate and decay. Raises `ConfigError` for a path that names nothing that trains."""
+    """Groups by learning rate and decay. Raises `ConfigError` for a path that names nothing."""
     rates = flat_learning_rates(learning_rate)
     for path in filter(None, rates):
         find_module(model, path, "trainer.learning_rate")
@@ -89,11 +89,6 @@ def parameter_groups(
         if parameter.requires_grad:
             path = _longest_prefix(name, rates)
             members.setdefault((path, parameter.ndim > 1), []).append(parameter)
-    for path in rates.keys() - {path for path, _ in members} - {""}:
-        key = f"trainer.learning_rate.{path}"
-        raise ConfigError(
-            f"{key} is the rate of nothing: its parameters are frozen or have rates of their own"
-        )
     return [
         {
             "params": parameters,

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 from ...config import cli_errors, suggest
-from .processor import image_only
+from .processor import image_only, no_progress
 
 # %% ../../../nbs/models/backbones/90_tiny.ipynb #17e41258
 CORPUS = (
@@ -239,7 +239,8 @@ def write_tiny(
         if not (out / "config.json").is_file():
             raise ValueError(f"{out} exists and is no checkpoint; name another folder")
         shutil.rmtree(out)
-    model.save_pretrained(out)
+    with no_progress():
+        model.save_pretrained(out)
     processor.save_pretrained(out)
     return out
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
-from .processor import load_processor, model_type
+from .processor import load_processor, model_type, no_progress
 from ...registry import BACKBONES, RegistryError
 
 # %% ../../../nbs/models/backbones/10_vlm.ipynb #e8b6b438
@@ -271,7 +271,8 @@ def load_vlm(
         raise ValueError(f"{path}: {error}") from error
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     if load_weights:
-        model = AutoModelForImageTextToText.from_pretrained(path, **options)
+        with no_progress():
+            model = AutoModelForImageTextToText.from_pretrained(path, **options)
     else:
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), **options)
     return cls(model, load_processor(path))

@@ -43,14 +43,16 @@ class Prepare:
         """The batch of tensors. Raises `ValueError` naming the first sample that does not fit."""
         if not examples:
             raise ValueError("a batch needs at least one sample")
-        training = "action" in examples[0]
+        examples = [{"origin": f"sample {i} of the batch", **e} for i, e in enumerate(examples)]
+        training, cameras = any("action" in e for e in examples), None
         for example in examples:
             check_sample(example, training=training)
-            self._check(example)
+            cameras = cameras or len(example["image"])
+            self._check(example, cameras)
         batch: dict[str, Any] = {
             "inputs": self.vlm([e["image"] for e in examples], [e["lang"] for e in examples]),
             "lang": [e["lang"] for e in examples],
-            "origin": [e.get("origin", f"sample {i} of the batch") for i, e in enumerate(examples)],
+            "origin": [e["origin"] for e in examples],
         }
         if self.state_dim:
             batch["state"] = torch.from_numpy(np.stack([e["state"] for e in examples]))
@@ -59,8 +61,13 @@ class Prepare:
             batch["action_is_pad"] = torch.from_numpy(np.stack([e["action_is_pad"] for e in examples]))
         return batch
 
-    def _check(self, example: Sample) -> None:
-        where = example.get("origin", "sample")
+    def _check(self, example: Sample, cameras: int) -> None:
+        where, pictures = example["origin"], len(example["image"])
+        if pictures != cameras:
+            raise ValueError(
+                f"{where}: {pictures} picture{'s' * (pictures != 1)}, the first sample of the batch has {cameras}; "
+                f"give every sample the same cameras in the same order"
+            )
         if "action" in example and example["action"].shape != (self.horizon, self.action_dim):
             raise ValueError(
                 f"{where}: actions are {list(example['action'].shape)}, the model predicts "
@@ -105,18 +112,22 @@ class Framework(nn.Module):
 
     def __init__(self, vlm: VLM, action_model: ActionHead):
         super().__init__()
-        if action_model.reads != self.reads:
-            fits = [name for name in FRAMEWORKS.names() if FRAMEWORKS.get(name).reads == action_model.reads]
-            raise ValueError(
-                f"{type(self).__name__} provides {self.reads!r}, {type(action_model).__name__} reads "
-                f"{action_model.reads!r}; set framework.name to one of {fits}, or framework.action_model.type to "
-                f"{self.default_head!r}"
-            )
+        self.check_head(type(action_model))
         self.vlm, self.action_model = vlm, action_model
         self.horizon, self.action_dim = action_model.horizon, action_model.action_dim
         self.state_dim = action_model.state_dim
         self.prepare = Prepare(vlm.prepare, self.horizon, self.action_dim, self.state_dim)
         self.config: dict[str, Any] = {}
+
+    @classmethod
+    def check_head(cls, head: type[ActionHead]) -> None:
+        """Raises `ValueError`, with what to write instead, for a head that reads what this framework does not provide."""
+        if head.reads != cls.reads:
+            fits = [name for name in FRAMEWORKS.names() if FRAMEWORKS.get(name).reads == head.reads]
+            raise ValueError(
+                f"{cls.__name__} provides {cls.reads!r}, {head.__name__} reads {head.reads!r}; set framework.name to "
+                f"one of {fits}, or framework.action_model.type to {cls.default_head!r}"
+            )
 
     def features(self, batch: dict[str, Any]) -> Features:
         """Runs the backbone as the head wants it."""
@@ -229,21 +240,25 @@ def build_framework(
     if missing := [key for key in ("name", "vlm", "action_horizon") if rest.get(key) is None]:
         raise RegistryError(f"framework needs {', '.join(f'framework.{key}' for key in missing)}")
     name = FRAMEWORKS.canonical(rest.pop("name"))
-    cls, vlm_config, horizon = FRAMEWORKS.get(name), dict(rest.pop("vlm")), int(rest.pop("action_horizon"))
+    cls, vlm_config, horizon = FRAMEWORKS.get(name), dict(rest.pop("vlm")), rest.pop("action_horizon")
+    if not isinstance(horizon, int) or horizon < 1:
+        raise ValueError(f"framework.action_horizon must be a positive whole number, got {horizon!r}")
     head_config = {"type": cls.default_head, **(rest.pop("action_model", None) or {})}
     base = vlm_config.pop("base_vlm", None)
     if base is None:
         raise RegistryError(f"framework.vlm needs 'base_vlm'{suggest('base_vlm', vlm_config)}")
     check_arguments("framework.vlm", load_vlm, {"path": base, **vlm_config})
     check_arguments(f"framework {name!r}", cls, {"vlm": None, "action_model": None, **rest})
+    head, sizes = HEADS.get(head_config["type"]), {"action_dim": action_dim, "horizon": horizon}
+    sizes["state_dim"] = state_dim
+    cls.check_head(head)
+    own = {key: value for key, value in head_config.items() if key != "type"}
+    check_arguments(
+        f"framework.action_model {head_config['type']!r}", head, {"input_size": 0, **sizes, **own}
+    )
     vlm = load_vlm(base, load_weights=load_weights, **vlm_config)
-    sizes = {
-        "input_size": vlm.hidden_size,
-        "action_dim": action_dim,
-        "horizon": horizon,
-        "state_dim": state_dim,
-    }
-    framework = cls(vlm=vlm, action_model=HEADS.build(head_config, **sizes), **rest)
+    head = HEADS.build(head_config, input_size=vlm.hidden_size, **sizes)
+    framework = cls(vlm=vlm, action_model=head, **rest)
     vlm_config["base_vlm"] = str(base)
     given = {"name": name, "vlm": vlm_config, "action_horizon": horizon, "action_model": head_config, **rest}
     framework.config = {**given, "action_dim": action_dim, "state_dim": state_dim}
