@@ -599,6 +599,22 @@ def test_flow_matching_sampler_and_attention_equal_the_equations(flow):
         np.testing.assert_allclose(looks[b].numpy(), np.mean(shares, axis=(0, 1, 2)), atol=1e-5)
 
 
+def test_the_norms_have_the_epsilons_of_the_original(flow):
+    # An epsilon shows only where the variance is as small: everything that is added to a token is shrunk.
+    head, weights, features, state, observations = flow
+    small = ("future_tokens", "positions", "state_encoder.2", "action_time.2", "to_out", "feed_forward.3")
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            parameter *= 1e-2 if any(part in name for part in small) else 1
+    weights = {n: w.double().numpy() for n, w in head.state_dict().items()}
+    noise = torch.randn(2, T, D)
+    with torch.no_grad():
+        found, _ = head.velocity(noise, torch.tensor([0.2, 0.2]), features, state)
+    for b, observation in enumerate(observations):
+        expected, _ = velocity(weights, noise[b].double().numpy(), 0.2, *observation)
+        np.testing.assert_allclose(found[b].numpy(), expected, atol=1e-5)
+
+
 def test_an_observation_without_a_valid_token_gives_no_nan(flow):
     head, _, features, state, _ = flow
     blind = Features(features.hidden, torch.tensor([[True] * 5, [False] * 5]))

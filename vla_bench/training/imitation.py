@@ -7,7 +7,7 @@ Docs: https://vla-bench.github.io/vla_bench/training/imitation.html.md"""
 # %% auto #0
 __all__ = ['FREE_KEYS', 'TrainerSettings', 'DataSettings', 'Data', 'open_data', 'policy_spec', 'make_accelerator', 'find_resume',
            'Run', 'set_up', 'load_framework', 'start_folder', 'progress', 'restore', 'update', 'valid_shares',
-           'not_finite', 'evaluate', 'save', 'train', 'learning_rates', 'speed', 'main']
+           'not_finite', 'evaluate', 'save', 'train', 'finish', 'learning_rates', 'speed', 'main']
 
 # %% ../../nbs/training/30_imitation.ipynb #2cb06b5f
 import math
@@ -500,8 +500,15 @@ def train(cfg: Config) -> Path:  # the run folder
                 log.write(run.step, **row)
             if due(settings.save_interval):
                 save(run)
-    run.accelerator.end_training()
+    finish(run)
     return run.folder
+
+# %% ../../nbs/training/30_imitation.ipynb #8e71d611
+def finish(run: Run) -> None:
+    """Releases the model's wrapper, then the process group."""
+    run.model = run.framework
+    run.accelerator.free_memory()
+    run.accelerator.end_training()
 
 # %% ../../nbs/training/30_imitation.ipynb #4bddbb3e
 def learning_rates(run: Run) -> dict[str, float]:

@@ -244,16 +244,16 @@ def _next_positions(positions: Tensor, mask: Tensor, count: int) -> Tensor:
 @contextmanager
 def _eager_text(model: PreTrainedModel, active: bool) -> Iterator[None]:
     """Within, the language model computes attention in the way that returns maps; the vision tower is left alone."""
-    text = model.config.get_text_config()
-    before = text._attn_implementation
-    if not active or before == "eager":
+    text, vision = model.config.get_text_config(), model.config.vision_config._attn_implementation
+    before = {"": model.config._attn_implementation, "text_config": text._attn_implementation}
+    if not active or set(before.values()) == {"eager"}:
         yield
         return
-    model.set_attn_implementation({"text_config": "eager"})
+    model.set_attn_implementation({"": "eager", "text_config": "eager", "vision_config": vision})
     try:
         yield
     finally:
-        model.set_attn_implementation({"text_config": before})
+        model.set_attn_implementation({**before, "vision_config": vision})
 
 # %% ../../../nbs/models/backbones/10_vlm.ipynb #8619690b
 def load_vlm(

@@ -1,0 +1,91 @@
+"""Build `_docs/` from the notebooks: stage them without what is hidden, then run Sphinx with warnings as errors.
+
+The notebooks are written to be read in order, so pages show the exported source where it is introduced. Cells with
+`#| hide` are left out; the directives (`#| export`) are stripped, and exported cells get a coloured rule instead.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+from nbformat.v4 import new_markdown_cell
+
+ROOT = Path(__file__).parents[1]
+STAGE, OUT = ROOT / "_site_src", ROOT / "_docs"
+DIRECTIVE = re.compile(r"^#\|[^\n]*\n?", re.M)
+HIDDEN = re.compile(r"^#\|\s*(hide|default_exp)\b", re.M)
+EXPORTED = re.compile(r"^#\|\s*exports?\b", re.M)
+ROOMS = {
+    "Foundations": "",
+    "Data": "data",
+    "Backbones": "models/backbones",
+    "Action heads": "models/heads",
+    "Frameworks": "models/frameworks",
+    "Training": "training",
+    "Serving": "serving",
+    "Benchmarks": "benchmarks",
+    "Evaluation": "evaluation",
+    "Seeing": "viz",
+    "Tutorials": "tutorials",
+}
+
+
+def readable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook as a page: hidden cells gone, directives stripped, exported cells tagged `source`."""
+    cells = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            if HIDDEN.search(cell.source):
+                continue
+            if EXPORTED.search(cell.source):
+                cell.metadata["tags"] = [*cell.metadata.get("tags", []), "source"]
+            cell.source = DIRECTIVE.sub("", cell.source)
+        cells.append(cell)
+    notebook.cells = cells
+    return notebook
+
+
+def contents(pages: list[Path]) -> str:
+    """One captioned table of contents per room, as MyST."""
+    trees = []
+    for caption, folder in ROOMS.items():
+        inside = [p.relative_to(STAGE).with_suffix("").as_posix() for p in pages if p.parent == STAGE / folder]
+        inside = [name for name in inside if name != "index"]
+        if inside:
+            trees.append("```{toctree}\n:hidden:\n:caption: " + caption + "\n\n" + "\n".join(inside) + "\n```")
+    return "\n\n".join(trees)
+
+
+def stage() -> list[Path]:
+    """Copies every notebook, made readable, and the Sphinx configuration; returns the pages."""
+    shutil.rmtree(STAGE, ignore_errors=True)
+    pages = []
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" not in path.parts:
+            page = STAGE / path.relative_to(ROOT / "nbs")
+            page.parent.mkdir(parents=True, exist_ok=True)
+            nbformat.write(readable(nbformat.read(path, 4)), page)
+            pages.append(page)
+    index = nbformat.read(STAGE / "index.ipynb", 4)
+    index.cells.append(new_markdown_cell(contents(pages)))
+    nbformat.write(index, STAGE / "index.ipynb")
+    shutil.copy(ROOT / "docs/conf.py", STAGE)
+    shutil.copytree(ROOT / "docs/_static", STAGE / "_static")
+    shutil.copytree(ROOT / "figures", STAGE / "figures", ignore=shutil.ignore_patterns("*.ipynb", ".gitkeep"))
+    return pages
+
+
+def main() -> None:
+    pages = stage()
+    shutil.rmtree(OUT, ignore_errors=True)
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", STAGE, OUT]
+    code = subprocess.call([str(part) for part in command])
+    print(f"{len(pages)} pages in {OUT.relative_to(ROOT)}" if not code else "the documentation has warnings")
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What the data room promises across its modules: the right frame, always, from any process."""
+
+import json
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from vla_bench.data.layout import Layout
+from vla_bench.data.lerobot import DatasetError, LeRobotDataset, validate
+from vla_bench.data.lerobot import main as check_program
+from vla_bench.data.normalize import Normalizer
+from vla_bench.data.writer import LeRobotWriter
+
+LENGTHS = (9, 4, 13, 6, 8)
+LAYOUT = Layout(("number", "noise"), kind="absolute", frame="world")
+
+
+def picture(number: int) -> np.ndarray:
+    """A frame that carries its number as ten squares, black or white, which survive compression."""
+    bits = np.array([number >> b & 1 for b in range(16)], np.uint8).reshape(4, 4)
+    return np.repeat((bits * 255).repeat(16, 0).repeat(16, 1)[..., None], 3, axis=2)
+
+
+def number(image) -> int:
+    pixels = np.asarray(image).astype(int).mean(-1)[8::16, 8::16].ravel()
+    return sum(int(value > 127) << b for b, value in enumerate(pixels))
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    found = {}
+    for version in ("v2.1", "v3.0"):
+        rng, count = np.random.default_rng(0), 0
+        found[version] = tmp_path_factory.mktemp("data") / "numbered"
+        cameras = {"front": (64, 64), "wrist": (64, 64)}
+        writer = LeRobotWriter(
+            found[version], fps=12.5, cameras=cameras, state=LAYOUT, action=LAYOUT, version=version, episodes_per_file=2
+        )
+        with writer:
+            for length in LENGTHS:
+                numbers = np.arange(count, count + length)
+                values = np.stack([numbers, rng.normal(size=length)], axis=1)
+                images = {"front": [picture(n) for n in numbers], "wrist": [picture(n + 512) for n in numbers]}
+                writer.add_episode(images=images, state=values, action=values, task=f"count to {length}")
+                count += length
+    return found
+
+
+def test_every_frame_is_the_right_one_in_both_generations(roots):
+    old, new = (LeRobotDataset(roots[v], horizon=3) for v in ("v2.1", "v3.0"))
+    videos = {path for e in new.files.episodes for path, _ in e.videos.values()}
+    assert len(videos) == 2 * 3, "several episodes per video, and several videos"
+    assert len(old) == len(new) == sum(LENGTHS)
+    for i in np.random.default_rng(1).permutation(len(new)):
+        for dataset in (old, new):
+            sample = dataset[int(i)]
+            assert [number(image) for image in sample["image"]] == [i, i + 512]
+            assert sample["state"][0] == i and sample["action"][0, 0] == i
+            assert sample["lang"] == f"count to {LENGTHS[np.searchsorted(np.cumsum(LENGTHS), i, side='right')]}"
+        errors = [np.abs(np.asarray(image).astype(int) - picture(i + 512 * c)) for c, image in enumerate(sample["image"])]
+        assert max(error.mean() for error in errors) < 4
+
+
+def test_cameras_are_in_the_order_that_is_asked_for(roots):
+    dataset = LeRobotDataset(roots["v3.0"], cameras=["wrist", "observation.images.front"])
+    assert dataset.cameras == ("wrist", "front")
+    assert [number(image) for image in dataset[3]["image"]] == [515, 3]
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_read_what_the_parent_reads(roots, context):
+    dataset = LeRobotDataset(roots["v3.0"], horizon=2)
+    here = [dataset[i] for i in range(len(dataset))]  # leaves open readers behind, which a fork must not share
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=4, collate_fn=list, num_workers=2, multiprocessing_context=context
+    )
+    there = [sample for batch in loader for sample in batch]
+    for a, b in zip(here, there, strict=True):
+        assert a["origin"] == b["origin"] and np.array_equal(a["action"], b["action"])
+        assert all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(a["image"], b["image"], strict=True))
+
+
+def test_statistics_are_numpys_on_the_raw_columns_and_decode_nothing(roots, monkeypatch):
+    monkeypatch.setattr(av, "open", lambda *a, **k: pytest.fail("a video was opened"))
+    dataset = LeRobotDataset(roots["v3.0"]).select([0, 2, 4])
+    rows = np.concatenate([np.arange(0, 9), np.arange(13, 26), np.arange(32, 40)]).astype(np.float64)
+    found = dataset.statistics()["action"]
+    for name, value in {"min": rows.min(), "max": rows.max(), "mean": rows.mean(), "std": rows.std()}.items():
+        assert getattr(found, name)[0] == pytest.approx(value, abs=1e-12)
+    assert found.q99[0] == pytest.approx(np.quantile(rows, 0.99), abs=1e-12)
+    back = Normalizer(found, "q99").unnormalize(Normalizer(found, "q99").normalize(dataset.columns["action"]))
+    assert np.abs(back - dataset.columns["action"]).max() < 1e-4
+
+
+def test_a_damaged_video_is_named_when_a_sample_needs_it(roots, tmp_path):
+    import shutil
+
+    shutil.copytree(roots["v2.1"], tmp_path / "numbered")
+    path = next((tmp_path / "numbered").rglob("*wrist/episode_000002.mp4"))
+    path.write_bytes(path.read_bytes()[:400])
+    dataset = LeRobotDataset(tmp_path / "numbered")
+    with pytest.raises(DatasetError, match="episode 2 frame 0.*wrist.*episode_000002.mp4"):
+        dataset[int(dataset.starts[2])]
+    assert len(validate(tmp_path / "numbered")) == 1
+
+
+def test_the_program_says_what_is_wrong_and_exits_1(roots, tmp_path, capsys):
+    import shutil
+
+    check_program([str(roots["v2.1"])])
+    assert "5 episodes, 40 frames" in capsys.readouterr().out
+    shutil.copytree(roots["v2.1"], tmp_path / "numbered")
+    info = tmp_path / "numbered/meta/info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"fps": 25}))
+    with pytest.raises(SystemExit) as stop:
+        check_program([str(tmp_path / "numbered")])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 1 and any("time stamps do not run at 25 Hz" in line for line in lines)
