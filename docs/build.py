@@ -52,10 +52,14 @@ def contents(pages: list[Path]) -> str:
     """One captioned table of contents per room, as MyST."""
     trees = []
     for caption, folder in ROOMS.items():
-        inside = [p.relative_to(STAGE).with_suffix("").as_posix() for p in pages if p.parent == STAGE / folder]
+        inside = [
+            p.relative_to(STAGE).with_suffix("").as_posix() for p in pages if p.parent == STAGE / folder
+        ]
         inside = [name for name in inside if name != "index"]
         if inside:
-            trees.append("```{toctree}\n:hidden:\n:caption: " + caption + "\n\n" + "\n".join(inside) + "\n```")
+            trees.append(
+                "```{toctree}\n:hidden:\n:caption: " + caption + "\n\n" + "\n".join(inside) + "\n```"
+            )
     return "\n\n".join(trees)
 
 

@@ -36,13 +36,22 @@ def roots(tmp_path_factory):
         found[version] = tmp_path_factory.mktemp("data") / "numbered"
         cameras = {"front": (64, 64), "wrist": (64, 64)}
         writer = LeRobotWriter(
-            found[version], fps=12.5, cameras=cameras, state=LAYOUT, action=LAYOUT, version=version, episodes_per_file=2
+            found[version],
+            fps=12.5,
+            cameras=cameras,
+            state=LAYOUT,
+            action=LAYOUT,
+            version=version,
+            episodes_per_file=2,
         )
         with writer:
             for length in LENGTHS:
                 numbers = np.arange(count, count + length)
                 values = np.stack([numbers, rng.normal(size=length)], axis=1)
-                images = {"front": [picture(n) for n in numbers], "wrist": [picture(n + 512) for n in numbers]}
+                images = {
+                    "front": [picture(n) for n in numbers],
+                    "wrist": [picture(n + 512) for n in numbers],
+                }
                 writer.add_episode(images=images, state=values, action=values, task=f"count to {length}")
                 count += length
     return found
@@ -58,8 +67,13 @@ def test_every_frame_is_the_right_one_in_both_generations(roots):
             sample = dataset[int(i)]
             assert [number(image) for image in sample["image"]] == [i, i + 512]
             assert sample["state"][0] == i and sample["action"][0, 0] == i
-            assert sample["lang"] == f"count to {LENGTHS[np.searchsorted(np.cumsum(LENGTHS), i, side='right')]}"
-        errors = [np.abs(np.asarray(image).astype(int) - picture(i + 512 * c)) for c, image in enumerate(sample["image"])]
+            assert (
+                sample["lang"] == f"count to {LENGTHS[np.searchsorted(np.cumsum(LENGTHS), i, side='right')]}"
+            )
+        errors = [
+            np.abs(np.asarray(image).astype(int) - picture(i + 512 * c))
+            for c, image in enumerate(sample["image"])
+        ]
         assert max(error.mean() for error in errors) < 4
 
 
@@ -72,14 +86,18 @@ def test_cameras_are_in_the_order_that_is_asked_for(roots):
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_read_what_the_parent_reads(roots, context):
     dataset = LeRobotDataset(roots["v3.0"], horizon=2)
-    here = [dataset[i] for i in range(len(dataset))]  # leaves open readers behind, which a fork must not share
+    here = [
+        dataset[i] for i in range(len(dataset))
+    ]  # leaves open readers behind, which a fork must not share
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=4, collate_fn=list, num_workers=2, multiprocessing_context=context
     )
     there = [sample for batch in loader for sample in batch]
     for a, b in zip(here, there, strict=True):
         assert a["origin"] == b["origin"] and np.array_equal(a["action"], b["action"])
-        assert all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(a["image"], b["image"], strict=True))
+        assert all(
+            np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(a["image"], b["image"], strict=True)
+        )
 
 
 def test_statistics_are_numpys_on_the_raw_columns_and_decode_nothing(roots, monkeypatch):

@@ -51,7 +51,13 @@ def home(tmp_path_factory) -> Path:
             action = (rng.normal(size=(frames, 3)) * [0.01, 0.1, 1.0] + [0.5, 0.0, 0.0]).astype(np.float32)
             state = rng.normal(size=(frames, 2)).astype(np.float32)
             writer.add_episode(images=images, state=state, action=action, task="close the box")
-    size = {"image_size": 32, "hidden_size": 32, "num_layers": 1, "vision_hidden_size": 32, "vision_layers": 1}
+    size = {
+        "image_size": 32,
+        "hidden_size": 32,
+        "num_layers": 1,
+        "vision_hidden_size": 32,
+        "vision_layers": 1,
+    }
     write_tiny("qwen2_5_vl", home / "tiny", corpus=["close the box"], **size)
     return home
 
@@ -311,7 +317,7 @@ def test_two_processes_train_like_one(home):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "vla_bench.training.imitation", "--config_yaml", home / "pair.yaml"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert result.returncode == 0, result.stderr[-3000:]
     pair = home / "runs/pair"
     np.testing.assert_allclose(losses(pair), losses(alone), rtol=1e-3)
@@ -381,3 +387,14 @@ def test_the_program_reports_an_error_of_the_user_in_one_line(home, capsys):
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and "trainer.max_train_steps" in err and "Traceback" not in err
+
+
+def test_bfloat16_keeps_float32_weights(home):
+    run = train(config(home, "--run_id bf16 --trainer.mixed_precision bf16 --trainer.eval_interval 3"))
+    rows = read_metrics(run / "metrics.jsonl")
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    assert {value.dtype for value in load_file(latest_checkpoint(run) / "model.safetensors").values()} == {
+        torch.float32
+    }
+    exact = losses(train(config(home, "--run_id float32")))
+    assert losses(run)[0] != exact[0] and losses(run)[0][1] == pytest.approx(exact[0][1], rel=0.05)

@@ -279,10 +279,24 @@ def load_config(
         key = _through_interpolations(tree, canonical_key(spelling))
         value = _typed(spelling, given[spelling], _select(tree, key))
         value = canonical_modules(value) if key in MODULE_LISTS else value
+        _make_room(tree, key)
         OmegaConf.update(tree, key, value, force_add=True)
         _canonical_framework(tree)
         spellings[key] = spelling
     return Config(tree, overrides=spellings, where=where)
+
+
+def _make_room(tree: DictConfig, key: str) -> None:
+    """A key below a plain value: learning rates become `{base: value}`, anything else would be lost and is refused."""
+    parts = key.split(".")
+    for depth in range(1, len(parts)):
+        parent = ".".join(parts[:depth])
+        value = _select(tree, parent)
+        if value is None or isinstance(value, DictConfig):
+            continue
+        if not parent.startswith("trainer.learning_rate"):
+            raise ConfigError(f"{key!r} cannot be set: {parent!r} is the value {value!r}, not a section")
+        OmegaConf.update(tree, parent, {"base": value})
 
 
 def _read_yaml(source: str | Path) -> DictConfig:
@@ -329,6 +343,9 @@ def cli_errors() -> Iterator[None]:
     """Turns an error of the user (`ValueError`, `OSError`) into one line on stderr and exit status 2."""
     try:
         yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `… | head` has read enough
+        raise SystemExit(1) from None
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -51,7 +51,9 @@ def main() -> None:
         path, first = dataset.files.episodes[which].videos[key]
         places.append((path, first + int(index - dataset.starts[which])))
     for path, index in places:
-        assert np.array_equal(reader(path).read(index), opened_anew(path, index)), "the two ways must give the same pixels"
+        assert np.array_equal(reader(path).read(index), opened_anew(path, index)), (
+            "the two ways must give the same pixels"
+        )
     ours = milliseconds(lambda path, index: reader(path).read(index), places)
     theirs = milliseconds(opened_anew, places)
     print(f"{len(places)} random pictures {dataset.image_size} of {dataset.name}")

@@ -146,8 +146,10 @@ class Policy:
         return np.asarray(self.normalizers["action"].unnormalize(predicted), dtype=np.float64)
 
     def attention(self, observation: Mapping[str, Any]) -> AttentionMap:
-        """Where the action queries look, in the pictures and in the words, for one observation."""
-        return self.framework.attention_maps([sample_from(observation, self.spec, self.normalizers)])[0]
+        """Where the actions look, in the pictures and in the words; a generative head starts from a fixed noise."""
+        sample = sample_from(observation, self.spec, self.normalizers)
+        generator = torch.Generator(next(self.framework.parameters()).device).manual_seed(0)
+        return self.framework.attention_maps([sample], generator=generator)[0]
 
 # %% ../../nbs/serving/20_policy.ipynb #5c2744e8
 def _fingerprint(checkpoint: Path, spec: PolicySpec) -> str:

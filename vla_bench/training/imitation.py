@@ -277,7 +277,6 @@ def set_up(cfg: Config) -> Run:
     sources = cfg.section("datasets.vla_data").into(DataSettings)
     model = cfg.section("framework").to_dict()
     seed, folder = int(cfg.get("seed", 0)), Path(cfg["run_root_dir"]) / str(cfg["run_id"])
-    cfg.section("evaluation").to_dict()  # for the evaluation, which reads it from the saved configuration
     data = open_data(sources, cfg["framework"]["action_horizon"], seed)
     cfg.require_read()
     accelerator = make_accelerator(settings)
@@ -475,7 +474,13 @@ def train(cfg: Config) -> Path:  # the run folder
     settings, is_main = run.settings, run.accelerator.is_main_process
     log = MetricsLog(run.folder / "metrics.jsonl", run.step) if is_main else None
     stream = iter(make_loader(run.view, run.sampler(), run.framework.prepare, settings.num_workers))
-    bar = tqdm(total=settings.max_train_steps, initial=run.step, disable=not is_main, desc=run.folder.name)
+    shown = {
+        "total": settings.max_train_steps,
+        "initial": run.step,
+        "desc": run.folder.name,
+        "mininterval": 2.0,
+    }
+    bar = tqdm(**shown, disable=not is_main)
     run.model.train()
     times: list[tuple[float, float]] = []
 
@@ -492,7 +497,7 @@ def train(cfg: Config) -> Path:  # the run folder
             times.append((loaded - started, time.perf_counter() - loaded))
             bar.update()
             if due(settings.log_interval):
-                bar.set_postfix(loss=f"{loss:.4f}")
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 if log:
                     log.write(run.step, loss=loss, grad_norm=grad_norm, **rates, **speed(run, times))
                 times = []
