@@ -1,4 +1,4 @@
-# make setup | quickstart | test | docs | lab | speed | clean
+# make setup | quickstart | test | docs | lab | smoke | figures | speed | format | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -19,7 +19,7 @@ CONFIG := experiments/configs/quickstart.yaml
 TASKS := drawer-open-v3 button-press-topdown-v3 window-open-v3 door-open-v3
 OVERRIDES ?=
 
-.PHONY: setup system quickstart test notebooks docs smoke lab speed format clean
+.PHONY: setup system quickstart test docs smoke figures speed format lab clean
 setup: $(BIN)/.ready system
 
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -58,6 +58,14 @@ smoke: setup $(MODEL)/config.json
 docs: setup
 	python docs/build.py
 	echo "documentation: _docs/index.html"
+
+figures: setup
+	for notebook in figures/*.ipynb; do papermill $$notebook $(RUNS)/$$(basename $$notebook) --no-progress-bar; done
+
+# Every hot path beside its best peer.
+speed: setup $(DATA)/meta/info.json
+	python experiments/speed/video_access.py $(DATA)
+	python experiments/speed/train_step.py
 
 # Notebooks are the source: format them, write the package anew, keep only the outputs that teach.
 format: setup
