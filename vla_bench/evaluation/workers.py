@@ -117,7 +117,7 @@ class LocalWorker:
         self.player.close()
 
 # %% ../../nbs/evaluation/05_workers.ipynb #16cda05b
-def _serve(connection: Connection, pickled: bytes) -> None:
+def _serve(connection: Connection, benchmark: Benchmark) -> None:
     """The main loop of a worker process; ends when the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     player = None
@@ -125,7 +125,7 @@ def _serve(connection: Connection, pickled: bytes) -> None:
         while True:
             method, argument = connection.recv()
             try:
-                player = player or Player(pickle.loads(pickled))
+                player = player or Player(benchmark)
                 connection.send(getattr(player, method)(argument))
             except Exception:
                 connection.send(traceback.format_exc())
@@ -147,7 +147,7 @@ class ProcessWorker:
         context = multiprocessing.get_context("spawn")
         self.number, self.doing = number, "starting"
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, _pickled(benchmark))
+        arguments = (theirs, _importable(benchmark))
         self.process = context.Process(target=_serve, args=arguments, daemon=True, name=f"simulator {number}")
         self.process.start()
         theirs.close()
@@ -189,13 +189,14 @@ class ProcessWorker:
         return WorkerError(f"simulator {self.number} {how} in {self.doing}; its messages are on the terminal")
 
 # %% ../../nbs/evaluation/05_workers.ipynb #ab0e406e
-def _pickled(benchmark: Benchmark) -> bytes:
-    """The benchmark as bytes. Raises `ValueError` for one that a new process could not import."""
+def _importable(benchmark: Benchmark) -> Benchmark:
+    """The benchmark. Raises `ValueError` for one that a new process could not import."""
     cls = type(benchmark)
     in_notebook = cls.__module__ == "__main__" and not hasattr(sys.modules["__main__"], "__file__")
     try:
         if not in_notebook:
-            return pickle.dumps(benchmark)
+            pickle.dumps(benchmark)
+            return benchmark
         cause = None
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         cause = error
