@@ -10,9 +10,9 @@ __all__ = ['PaliGemmaPrepare', 'PaliGemma']
 # %% ../../../nbs/models/backbones/30_paligemma.ipynb #77c7544c
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from .vlm import VLM, VLMPrepare
+from .vlm import VLM, VLMPrepare, next_token_loss
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/30_paligemma.ipynb #ebb3cd28
@@ -60,7 +60,4 @@ class PaliGemma(VLM):
             token_type_ids=(labels != -100).long(),
             use_cache=False,
         )
-        hidden, targets = output.last_hidden_state[:, :-1], labels[:, 1:]
-        wanted = targets != -100
-        logits = self.model.get_output_embeddings()(hidden[wanted])
-        return nn.functional.cross_entropy(logits.float(), targets[wanted])
+        return next_token_loss(self.model, output.last_hidden_state, labels)
