@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .benchmark import Benchmark, BenchmarkSpec, Environment, Step, check_action
 from ..config import cli_errors
@@ -438,10 +438,12 @@ def record(
     report: dict[str, Any] = {"episodes": 0, "frames": 0, "failed_seeds": {}}
     with (
         _open_writer(partial / "dataset", benchmark, version) as writer,
-        tqdm(total=episodes * len(benchmark.tasks()), unit="demo", disable=not show_progress) as bar,
+        tqdm(
+            total=episodes * len(benchmark.tasks()), unit="demo", mininterval=2.0, disable=not show_progress
+        ) as bar,
     ):
         for task in benchmark.tasks():
-            bar.set_description(task)
+            bar.set_description(task, refresh=False)
             for demo in _successes(benchmark, task, episodes, first_seed, noise, report["failed_seeds"]):
                 writer.add_episode(
                     images=demo.images, state=demo.state, action=demo.action, task=benchmark.instruction(task)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..benchmarks.benchmark import Benchmark, check_policy
 from ..data.layout import PolicySpec
@@ -435,7 +435,7 @@ def _play(
     queue, active, workers = deque(todo), {}, []
     finished, successes = total - len(todo), 0
     max_steps = settings.max_steps or benchmark.spec.max_steps
-    bar = tqdm(total=total, initial=finished, unit="episode", disable=not show_progress)
+    bar = tqdm(total=total, initial=finished, unit="episode", mininterval=2.0, disable=not show_progress)
 
     def begin(worker: Any) -> None:
         if queue:
@@ -455,7 +455,7 @@ def _play(
                     continue
                 finish(rollout)
                 finished, successes = finished + 1, successes + rollout.success
-                bar.set_postfix_str(f"{successes} successes")
+                bar.set_postfix_str(f"{successes} successes", refresh=False)
                 bar.update()
                 del active[worker]
                 begin(worker)

@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, send_to_device, set_seed
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..config import Config, ConfigError, cli_errors, load_config, parse_cli
 from ..data.layout import PolicySpec

@@ -114,7 +114,8 @@ def attention_strip(
     _require(recording)
     tops = float(recording.attention.max()), float(recording.word_attention.max())
     shown = np.linspace(0, len(recording.frames) - 1, moments).round().astype(int)
-    figure, axes = plt.subplots(1, moments, figsize=(2.4 * moments, 2.9), layout="constrained", squeeze=False)
+    size = {"figsize": (2.4 * moments, 2.9), "dpi": 72}  # these pictures live inside notebooks
+    figure, axes = plt.subplots(1, moments, layout="constrained", squeeze=False, **size)
     for ax, i in zip(axes[0], shown):
         ax.imshow(_moment(recording, i, 288, tops))
         ax.set_title(f"step {i}", fontsize=9)

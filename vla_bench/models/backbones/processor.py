@@ -12,11 +12,13 @@ import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, ProcessorMixin
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -68,10 +70,9 @@ def _restore(cls: type[ProcessorMixin], state: dict) -> ProcessorMixin:
 def model_type(
     path: str | Path,  # local folder or hub name
 ) -> str:  # "qwen2_5_vl", "paligemma", …
-    """The `model_type` of a checkpoint. Raises `FileNotFoundError` for a folder that is no checkpoint."""
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{path} holds no config.json, so it is no checkpoint of transformers")
+    """The `model_type` of a checkpoint. Raises `FileNotFoundError` for no checkpoint, `ValueError` for a broken one."""
+    if Path(path).is_dir():
+        return _declared_type(Path(path))
     try:
         return AutoConfig.from_pretrained(path).model_type
     except OSError as error:
@@ -79,6 +80,25 @@ def model_type(
         raise FileNotFoundError(
             f"no model at {str(path)!r}: not a folder, and not reachable on the hub; {hint}"
         ) from error
+
+
+def _declared_type(folder: Path) -> str:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json, so it is no checkpoint of transformers")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no valid JSON: {error}") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str):
+        raise ValueError(f"{file} names no 'model_type', so transformers cannot tell which model it is")
+    if kind not in CONFIG_MAPPING:
+        nearest = get_close_matches(kind, list(CONFIG_MAPPING.keys()), 1)
+        near = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        version = transformers.__version__
+        raise ValueError(f"{file}: transformers {version} knows no model_type {kind!r}{near}")
+    return kind
 
 
 def load_processor(
