@@ -195,6 +195,25 @@ def test_generation_continues_the_features(backbones, kind):
         hook.remove()
 
 
+@every_kind
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_generation_in_a_padded_batch_is_generation_alone(home, kind, side):
+    vlm = loud(load_vlm(home / kind))
+    vlm.processor.tokenizer.padding_side = side
+    inputs, firsts = vlm.prepare(IMAGES, WORDS), []
+    assert (inputs["attention_mask"][:, -1 if side == "right" else 0] == 0).any()
+    before = {name: value.clone() for name, value in inputs.items()}
+    vlm.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: firsts.append(args[0][:, -1]))
+    together = vlm.generate(inputs, max_new_tokens=3)
+    state = firsts[0]
+    assert all(inputs[name].equal(value) for name, value in before.items()), "the caller's batch was changed"
+    for i, (image, text) in enumerate(zip(IMAGES, WORDS)):
+        firsts.clear()
+        alone = vlm.generate(vlm.prepare([image], [text]), max_new_tokens=3)
+        torch.testing.assert_close(state[i], firsts[0][0], atol=1e-4, rtol=0)
+        assert together[i, : alone.shape[1]].tolist() == alone[0].tolist()
+
+
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
@@ -267,14 +286,18 @@ def test_the_hubs_old_layout_gives_the_same_features(home, tmp_path):
 
     new, old = load_vlm(source).eval(), load_vlm(tmp_path / "hub").eval()
     assert old.model.dtype == torch.float32 and old.model_type == "qwen2_5_vl"
-    ours, theirs = new.prepare(IMAGES, WORDS), old.prepare(IMAGES, WORDS)
-    for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw"):
-        torch.testing.assert_close(theirs[name], ours[name])
-    here, there = new(ours, EXTRA), old(theirs, EXTRA)
-    valid = here.mask
-    torch.testing.assert_close(there.hidden[valid], here.hidden[valid], atol=1e-5, rtol=0)
-    missing = load_vlm(tmp_path / "hub", load_weights=False).eval()(theirs, EXTRA).hidden
-    assert (missing[valid] - here.hidden[valid]).abs().max() > 1e-2, "random weights gave the same features"
+    for image, text in zip(IMAGES, WORDS):
+        ours, theirs = new.prepare([image], [text]), old.prepare([image], [text])
+        assert set(theirs) == set(ours)
+        for name, value in ours.items():
+            torch.testing.assert_close(theirs[name], value)
+        torch.testing.assert_close(old(theirs).hidden, new(ours).hidden, atol=1e-5, rtol=0)
+    # the old layout names no padding side, so its batches are padded on the other one
+    here, there = new(new.prepare(IMAGES, WORDS), EXTRA), old(old.prepare(IMAGES, WORDS), EXTRA)
+    assert not here.mask.equal(there.mask)
+    torch.testing.assert_close(there.extra, here.extra, atol=2e-5, rtol=0)
+    random = load_vlm(tmp_path / "hub", load_weights=False).eval()
+    assert (random(theirs).hidden - old(theirs).hidden).abs().max() > 1e-2, "were the weights read at all?"
 
 
 @pytest.mark.parametrize(
