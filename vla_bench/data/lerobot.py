@@ -375,7 +375,7 @@ def _describe(dataset: LeRobotDataset) -> None:
         if key == "image":
             value = [f"{picture.mode} {picture.size[0]} x {picture.size[1]}" for picture in value]
         elif isinstance(value, np.ndarray):
-            value = (value.round(3) if value.dtype.kind == "f" else value).tolist()
+            value = (value.astype(float).round(3) if value.dtype.kind == "f" else value).tolist()
         print(f"  {key:13} {value}")
 
 # %% ../../nbs/data/60_lerobot.ipynb #5ee96904

@@ -101,7 +101,7 @@ def _read_lines(path: Path) -> list[dict]:
     except (ValueError, OSError) as error:
         raise DatasetError(f"{path} cannot be read as JSON lines: {error}") from error
 
-# %% ../../nbs/data/50_lerobot_files.ipynb #b43adb0c
+# %% ../../nbs/data/50_lerobot_files.ipynb #cbd72fe9
 def _video_features(info: Mapping) -> list[str]:
     return [name for name, f in info["features"].items() if f["dtype"] == "video"]
 
@@ -171,7 +171,7 @@ def _as_array(column: Any, what: str) -> np.ndarray:
         raise DatasetError(f"{what} holds vectors of lengths {lengths.tolist()}; expected one length")
     return flat.to_numpy(zero_copy_only=False).reshape(-1, lengths[0])
 
-# %% ../../nbs/data/50_lerobot_files.ipynb #84c7e5d1
+# %% ../../nbs/data/50_lerobot_files.ipynb #83346441
 @dataclass(frozen=True)
 class Spans:
     """A vector assembled from spans of columns."""

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..evaluation.rollout import Recording
-from .video import FAILURE, INK, PAPER, SUCCESS, enlarge, font
+from .video import FAILURE, INK, PAPER, SUCCESS, enlarge, font, kept_frames
 
 # %% ../../nbs/viz/10_attention.ipynb #a0734a25
 def overlay(
@@ -80,9 +80,8 @@ def attention_frames(
 ) -> np.ndarray:  # uint8 [F, height + 34, W, 3]
     """The pictures of an episode with attention over them and the shaded instruction below."""
     _require(recording)
-    kept = list(range(0, len(recording.frames) - 1, every)) + [len(recording.frames) - 1]
     tops = float(recording.attention.max()), float(recording.word_attention.max())
-    frames = [_moment(recording, i, height, tops) for i in kept]
+    frames = [_moment(recording, i, height, tops) for i in kept_frames(len(recording.frames), every)]
     last = Image.fromarray(frames[-1])
     colour = SUCCESS if recording.success else FAILURE
     ImageDraw.Draw(last).rectangle([0, 0, last.width - 1, height - 1], outline=colour, width=4)

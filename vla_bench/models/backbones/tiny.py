@@ -103,19 +103,9 @@ def _qwen2_5_vl(
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     text, ids, processor = _qwen_parts(corpus, size, 16, "Qwen2_5_VLProcessor")
     rope = {"rope_type": "default", "rope_theta": 10.0, "mrope_section": _mrope_section(width // 4)}
-    vision = {
-        "depth": vision_depth,
-        "hidden_size": vision_width,
-        "intermediate_size": 2 * vision_width,
-        "num_heads": 4,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 64,
-        "out_hidden_size": width,
-        # with so few patches a window would cut the picture in pieces that never meet
-        "fullatt_block_indexes": list(range(vision_depth)),
-    }
+    # with so few patches a window would cut the picture in pieces that never meet
+    windows = {"window_size": 64, "fullatt_block_indexes": list(range(vision_depth))}
+    vision = _qwen_vision(vision_width, vision_depth, width) | windows
     config = transformers.Qwen2_5_VLConfig(
         text_config=_decoder(text, width, depth) | {"rope_parameters": rope}, vision_config=vision, **ids
     )
@@ -128,18 +118,8 @@ def _qwen3_vl(
     text, ids, processor = _qwen_parts(corpus, size, 16, "Qwen3VLProcessor")
     head_dim = width // 4
     rope = {"rope_type": "default", "rope_theta": 10.0, "mrope_section": _mrope_section(head_dim)}
-    vision = {
-        "depth": vision_depth,
-        "hidden_size": vision_width,
-        "intermediate_size": 2 * vision_width,
-        "num_heads": 4,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "out_hidden_size": width,
-        "num_position_embeddings": 36,
-        "deepstack_visual_indexes": [0],
-    }
+    deepstack = {"num_position_embeddings": 36, "deepstack_visual_indexes": [0]}
+    vision = _qwen_vision(vision_width, vision_depth, width) | deepstack
     config = transformers.Qwen3VLConfig(
         text_config=_decoder(text, width, depth)
         | {"head_dim": head_dim, "rope_parameters": {**rope, "mrope_interleaved": True}},
@@ -147,6 +127,17 @@ def _qwen3_vl(
         **ids,
     )
     return transformers.Qwen3VLForConditionalGeneration(config), processor
+
+
+def _qwen_vision(hidden: int, depth: int, out: int) -> dict:
+    """What both generations' vision towers share: 16-pixel patches, merged two by two."""
+    sizes = {"depth": depth, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_heads": 4}
+    return sizes | {
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": out,
+    }
 
 
 def _decoder(text: dict, width: int, depth: int) -> dict:

@@ -304,7 +304,7 @@ def describe(
     print(summary(model))
     print("loss      ", {key: round(float(value.detach()), 4) for key, value in model([example]).items()})
     chunk = model.predict_action([example], generator=torch.Generator().manual_seed(0))["normalized_actions"]
-    print("prediction", list(chunk.shape), np.round(chunk[0, 0], 3).tolist())
+    print("prediction", list(chunk.shape), chunk[0, 0].astype(float).round(3).tolist())
 
 
 def summary(model: Framework) -> str:
