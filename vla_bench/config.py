@@ -57,6 +57,7 @@ def parse_overrides(
 def _typed(key: str, text: str, present: Any) -> Any:
     if isinstance(present, str):
         return text
+    present = OmegaConf.to_container(present) if OmegaConf.is_config(present) else present
     value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
     kind = type(present)
     number = isinstance(present, (int, float)) and not isinstance(present, bool)
@@ -319,8 +320,11 @@ def _canonical_framework(tree: DictConfig) -> None:
     if name is not None:
         try:
             tree.framework.name = FRAMEWORKS.canonical(str(name))
-        except RegistryError:
-            return  # a framework that a later cell registers; building it will say so if none does
+        except RegistryError as error:
+            try:  # a later cell may register it; but what is interpolated by its name must be there
+                OmegaConf.to_container(tree.framework, resolve=True)
+            except OmegaConfBaseException:
+                raise ConfigError(f"framework.name: {error}") from error
 
 
 def _through_interpolations(tree: DictConfig, key: str) -> str:

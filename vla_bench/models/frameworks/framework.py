@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
@@ -239,8 +240,10 @@ class Framework(Pair):
         framework = build_framework(config, **dims, load_weights=False)
         try:
             load_model(framework, str(folder / "model.safetensors"), strict=True)
-        except RuntimeError as error:
-            raise ValueError(f"{folder}/model.safetensors does not fit framework.json: {error}") from error
+        except (RuntimeError, SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{folder}/model.safetensors is damaged or does not fit framework.json: {error}"
+            ) from error
         return framework.eval()
 
 # %% ../../../nbs/models/frameworks/00_framework.ipynb #a0e6358b
