@@ -6,7 +6,7 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/vlm.html.md"""
 
 # %% auto #0
 __all__ = ['Features', 'VLMPrepare', 'next_positions', 'eager_text', 'locate_words', 'WrappedModel', 'VLM', 'next_token_loss',
-           'load_vlm']
+           'pad_left', 'load_vlm']
 
 # %% ../../../nbs/models/backbones/10_vlm.ipynb #cfad3930
 from collections.abc import Iterator, Sequence
@@ -252,6 +252,8 @@ class VLM(WrappedModel):
     ) -> Tensor:
         """Token ids [B, up to max_new_tokens] that continue the prompt."""
         sampling = {"temperature": temperature} if do_sample else {}
+        inputs = pad_left(inputs)
+        inputs = inputs | self.model_inputs(inputs, inputs["attention_mask"])
         sequences = self.model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=do_sample, **sampling
         )
@@ -274,6 +276,15 @@ def next_token_loss(
     output = model.get_output_embeddings()
     logits = output(hidden[:, :-1][wanted].to(output.weight.dtype))
     return nn.functional.cross_entropy(logits.float(), targets[wanted])
+
+# %% ../../../nbs/models/backbones/10_vlm.ipynb #020cd960
+def pad_left(
+    inputs: dict[str, Tensor],  # from `prepare`
+) -> dict[str, Tensor]:
+    """The same batch with every row's padding in front."""
+    order = inputs["attention_mask"].argsort(dim=1, stable=True)  # zeros first, tokens in their order
+    rows = {"input_ids", "attention_mask", "mm_token_type_ids"}
+    return {name: value.gather(1, order) if name in rows else value for name, value in inputs.items()}
 
 # %% ../../../nbs/models/backbones/10_vlm.ipynb #8619690b
 def load_vlm(
