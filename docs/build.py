@@ -4,6 +4,7 @@ The notebooks are written to be read in order, so pages show the exported source
 `#| hide` are left out; the directives (`#| export`) are stripped, and exported cells get a coloured rule instead.
 """
 
+import ast
 import re
 import shutil
 import subprocess
@@ -43,9 +44,17 @@ def readable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             if EXPORTED.search(cell.source):
                 cell.metadata["tags"] = [*cell.metadata.get("tags", []), "source"]
             cell.source = DIRECTIVE.sub("", cell.source)
+            if only_imports(cell.source):
+                cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
         cells.append(cell)
     notebook.cells = cells
     return notebook
+
+
+def only_imports(source: str) -> bool:
+    """Whether a cell holds nothing but imports; pages fold those, since a reader wants the reason first."""
+    body = ast.parse(source).body if not source.lstrip().startswith(("%", "!")) else []
+    return bool(body) and all(isinstance(node, ast.Import | ast.ImportFrom) for node in body)
 
 
 def contents(pages: list[Path]) -> str:
