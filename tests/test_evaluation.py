@@ -165,7 +165,9 @@ def evaluate_slowly(out):
     policy = StatePolicy(PointReach(), delay=0.03)
 
     def note(observation, *, seed, predict=policy.predict):
-        Path(out, "pids").write_text(json.dumps([child.pid for child in multiprocessing.active_children()]))
+        if not (pids := Path(out, "pids")).exists():  # once and whole: the kill comes at any moment after it
+            pids.with_suffix(".new").write_text(json.dumps([child.pid for child in multiprocessing.active_children()]))
+            pids.with_suffix(".new").replace(pids)
         return predict(observation, seed=seed)
 
     policy.predict = note
