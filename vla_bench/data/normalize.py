@@ -139,9 +139,7 @@ def statistics_hash(
 
 def save_statistics(
     path: str | Path,
-    content: Mapping[
-        str, Mapping
-    ],  # dataset: {"action": Statistics, "state": Statistics | None, "num_transitions": …}
+    content: Mapping[str, Mapping],  # {dataset: {"action": Statistics, "state": Statistics | None, …}}
 ) -> None:
     """Writes `dataset_statistics.json`, whole or not at all."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")

@@ -19,6 +19,7 @@ class Sample(TypedDict, total=False):
     """One observation and, in training, its action chunk; a batch is a list of these."""
 
     image: list[Image.Image]  # RGB, one per camera
+    image_mask: np.ndarray  # bool, one per camera; false for a camera that is not there; optional
     lang: str
     action: np.ndarray  # float32 [T, D], normalised; training only
     action_is_pad: np.ndarray  # bool [T]
@@ -44,6 +45,12 @@ def check_sample(
         if not isinstance(image, Image.Image) or image.mode != "RGB":
             found = getattr(image, "mode", type(image).__name__)
             raise ValueError(f"{where}: 'image'[{i}] must be an RGB PIL image, got {found}")
+    if "image_mask" in sample:
+        _check_array(where, "image_mask", sample["image_mask"], 1, np.bool_)
+        if len(sample["image_mask"]) != len(images):
+            raise ValueError(
+                f"{where}: 'image_mask' must say for each of {len(images)} cameras whether it is there"
+            )
     if not isinstance(sample.get("lang"), str) or not sample["lang"].strip():
         raise ValueError(f"{where}: 'lang' must be a non-empty instruction, got {sample.get('lang')!r}")
     for key, dims in (("action", 2), ("state", 1)):
