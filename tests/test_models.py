@@ -304,13 +304,22 @@ def test_the_hubs_old_layout_gives_the_same_features(home, tmp_path):
     ("text", "error", "message"),
     [
         (None, FileNotFoundError, "folder holds no config.json"),
-        ('{"model_type": "llava"}', ValueError, "folder: unknown backbone 'llava'.*PaliGemma.*qwen2_5_vl"),
+        ('{"model_type": "llama"}', ValueError, "folder: unknown backbone 'llama'.*PaliGemma.*qwen2_5_vl"),
+        ('{"model_type": "llava"}', FileNotFoundError, "folder: no weights"),
         ('{"model_type": "qwen2_5_v"}', ValueError, r"folder/config.json.*'qwen2_5_v'.*mean 'qwen2_5_vl'"),
         ('{"hidden_size": 64}', ValueError, r"folder/config.json.*'model_type'"),
         ('{"model_type": ', ValueError, r"folder/config.json is no valid JSON"),
         ("[1]", ValueError, r"folder/config.json.*'model_type'"),
     ],
-    ids=["no config.json", "no backbone here", "misspelt", "no model_type", "half a file", "a list"],
+    ids=[
+        "no config.json",
+        "no backbone here",
+        "no weights",
+        "misspelt",
+        "no model_type",
+        "half a file",
+        "a list",
+    ],
 )
 def test_a_folder_that_is_no_backbone_says_why(tmp_path, text, error, message):
     folder = tmp_path / "folder"

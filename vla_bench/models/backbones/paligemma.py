@@ -48,7 +48,20 @@ class PaliGemma(VLM):
 
     def model_inputs(self, inputs: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         """The pictures, and a token type that makes prompt and extra tokens one prefix."""
-        return {"pixel_values": inputs["pixel_values"], "token_type_ids": torch.zeros_like(mask)}
+        return {"pixel_values": inputs["pixel_values"], "token_type_ids": torch.zeros_like(mask).long()}
+
+    def answer_inputs(self, mask: Tensor, count: int) -> dict[str, Tensor]:
+        """A token type that makes the last tokens an answer, each seeing only what is before it."""
+        return (
+            {
+                "token_type_ids": (torch.arange(mask.shape[1]) >= mask.shape[1] - count)
+                .long()
+                .expand_as(mask)
+                .to(mask.device)
+            }
+            if count
+            else {}
+        )
 
     def lm_loss(self, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Next-token cross-entropy; tokens with a label are the answer, read causally behind the prefix."""

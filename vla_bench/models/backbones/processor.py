@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, ProcessorMixin
+from transformers import AutoImageProcessor, PreTrainedConfig, ProcessorMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import logging
 
-from ...registry import suggest
+from ...registry import BACKBONES, suggest
 
 # %% ../../../nbs/models/backbones/00_processor.ipynb #3a7227fa
 def image_only(
@@ -74,7 +74,7 @@ def model_type(
     if Path(path).is_dir():
         return _declared_type(Path(path))
     try:
-        return AutoConfig.from_pretrained(path).model_type
+        return _known_type(PreTrainedConfig.get_config_dict(path)[0], str(path))
     except OSError as error:
         hint = "write a tiny one with: python -m vla_bench.models.backbones.tiny qwen2_5_vl --out FOLDER"
         raise FileNotFoundError(
@@ -90,9 +90,15 @@ def _declared_type(folder: Path) -> str:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is no valid JSON: {error}") from error
+    return _known_type(config, str(file))
+
+
+def _known_type(config: Any, file: str) -> str:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
         raise ValueError(f"{file} names no 'model_type', so transformers cannot tell which model it is")
+    if kind in BACKBONES.aliases or kind in BACKBONES.names():
+        BACKBONES.get(kind)  # an architecture of ours makes itself known to transformers when it is loaded
     if kind not in CONFIG_MAPPING:
         nearest = get_close_matches(kind, list(CONFIG_MAPPING.keys()), 1)
         near = f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,0 +1,500 @@
+"""What every backbone of transformers promises behind the VLM interface, against transformers' own calls.
+
+One set of tests over all kinds, at 64 pixels, width 32 and two layers. References are computed one unpadded sample at a
+time by the full model with its logits, from the processor's own tensors.
+"""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import DynamicCache
+
+from vla_bench.models.backbones.any_vlm import AnyVLM
+from vla_bench.models.backbones.tiny import BUILDERS, write_tiny
+from vla_bench.models.backbones.vlm import VLM, load_vlm
+
+KINDS = tuple(BUILDERS)
+NO_CACHE = {"qwen3_5", "gemma3", "florence2"}
+WORDS = ("open the drawer", "press the button from the top", "close the window")
+SIZES = {"hidden_size": 32, "num_layers": 2, "vision_hidden_size": 32, "vision_layers": 2}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def picture(seed: int, size: int = 64) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size, size, 3), np.uint8))
+
+
+IMAGES = [[picture(2 * i), picture(2 * i + 1)] for i in range(len(WORDS))]
+EXTRA = torch.randn(len(WORDS), 3, SIZES["hidden_size"], generator=torch.Generator().manual_seed(3))
+ANSWERS = torch.tensor([[20, 31, 42], [25, 36, 47], [30, 41, 52]])
+VALID = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]]).bool()
+ALLOWED = torch.arange(15, 75)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("native")
+    for kind in KINDS:
+        write_tiny(kind, home / kind, image_size=64, corpus=WORDS, reserved_tokens=8, **SIZES)
+    return home
+
+
+@pytest.fixture(scope="module")
+def backbones(home) -> dict[str, VLM]:
+    """Every kind, with larger random weights, so that a wrong position or a leak moves the features."""
+    found = {}
+    for kind in KINDS:
+        vlm, generator = load_vlm(home / kind), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in vlm.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        found[kind] = vlm.eval()
+    return found
+
+
+# --- references ---------------------------------------------------------------------------------------------------
+
+
+def own_inputs(vlm: VLM, images: list, text: str) -> dict:
+    """One sample's tensors from the processor itself, with everything that it returns."""
+    if (
+        vlm.model_type == "florence2"
+    ):  # whose processor takes one picture; test_florence_... compares that case
+        return dict(vlm.prepare([images], [text]))
+    if vlm.model_type == "paligemma":
+        prompt, options = "<image>" * len(images) + text, {}
+    else:
+        content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
+        chat = [{"role": "user", "content": content}]
+        prompt = vlm.processor.apply_chat_template(chat, add_generation_prompt=True)
+        options = {"crop_to_patches": False} if vlm.model_type == "internvl" else {}
+    own = dict(vlm.processor(text=[prompt], images=[images], return_tensors="pt", **options))
+    own.pop("labels", None)
+    return own
+
+
+def grown(vlm: VLM, own: dict, ids: torch.Tensor) -> dict:
+    """The tensors with an answer of ordinary tokens behind the prompt."""
+    longer = dict(own, input_ids=torch.cat([own["input_ids"], ids], 1))
+    for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
+        if name in own:
+            longer[name] = torch.cat([own[name], torch.full_like(ids, fill)], 1)
+    if vlm.model_type == "paligemma":  # 0 is the prefix, 1 an answer
+        behind = torch.arange(longer["input_ids"].shape[1]) >= own["input_ids"].shape[1]
+        longer["token_type_ids"] = behind.long()[None]
+    return longer
+
+
+def answer_logits(vlm: VLM, images: list, text: str, answer: torch.Tensor) -> torch.Tensor:
+    """The full model's logits for each token of an answer and the one behind it, [A + 1, V], without any cache."""
+    own = own_inputs(vlm, images, text)
+    if vlm.model_type == "florence2":
+        start = torch.tensor([[vlm.text_config.decoder_start_token_id]])
+        return vlm.model(
+            **own, decoder_input_ids=torch.cat([start, answer[None]], 1), use_cache=False
+        ).logits[0]
+    longer = grown(vlm, own, answer[None])
+    return vlm.model(**longer, use_cache=False).logits[0, own["input_ids"].shape[1] - 1 :]
+
+
+def padded(inputs: dict, side: str) -> dict:
+    """The same batch with its padding on one side."""
+    shape, moved = inputs["input_ids"].shape, dict(inputs)
+    for name, value in inputs.items():
+        if value.shape == shape:
+            rows = []
+            for row, mask in zip(value, inputs["attention_mask"].bool()):
+                parts = (row[~mask], row[mask])
+                rows.append(torch.cat(parts if side == "left" else parts[::-1]))
+            moved[name] = torch.stack(rows)
+    return moved
+
+
+def at_valid(features, inputs: dict) -> list[torch.Tensor]:
+    """Per sample, the states at valid prompt tokens, in order."""
+    length = inputs["input_ids"].shape[1]
+    return [h[:length][m.bool()] for h, m in zip(features.hidden, inputs["attention_mask"])]
+
+
+def assert_close(one, other, atol=1e-5):
+    torch.testing.assert_close(one, other, atol=atol, rtol=1e-5)
+
+
+# --- hidden states ------------------------------------------------------------------------------------------------
+
+
+@every_kind
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_full_model(backbones, kind):
+    vlm = backbones[kind]
+    for images, text in zip(IMAGES, WORDS):
+        own = own_inputs(vlm, images, text)
+        if kind == "paligemma":
+            own["token_type_ids"] = torch.zeros_like(own["input_ids"])
+        if kind == "florence2":
+            start = torch.tensor([[vlm.text_config.decoder_start_token_id]])
+            output = vlm.model(**own, decoder_input_ids=start, output_hidden_states=True)
+            theirs = output.encoder_hidden_states
+        else:
+            theirs = vlm.model(**own, output_hidden_states=True).hidden_states
+        ours = vlm(vlm.prepare([images], [text]), layers="all")
+        assert ours.layers[-1].equal(ours.hidden) and len(ours.layers) == vlm.num_layers
+        for mine, their in zip(ours.layers, theirs[1:], strict=True):
+            assert_close(mine, their)
+
+
+@every_kind
+@torch.no_grad()
+def test_neither_the_padding_side_nor_the_batch_reaches_the_features(backbones, kind):
+    vlm = backbones[kind]
+    inputs = vlm.prepare(IMAGES, WORDS)
+    sides = [padded(inputs, side) for side in ("left", "right")]
+    assert not sides[0]["attention_mask"].equal(sides[1]["attention_mask"]), "nothing was padded"
+    found = [vlm(side, EXTRA) for side in sides]
+    assert_close(found[0].extra, found[1].extra)
+    assert (found[0].extra[0] - vlm(inputs, EXTRA.flip(0)).extra[0]).abs().max() > 1e-3
+    for i, (images, text) in enumerate(zip(IMAGES, WORDS)):
+        single = vlm.prepare([images], [text])
+        alone = vlm(single, EXTRA[i : i + 1])
+        for side, features in zip(sides, found):
+            assert_close(at_valid(features, side)[i], alone.hidden[0, :-3])
+            assert_close(features.extra[i], alone.extra[0])
+
+
+@every_kind
+@torch.no_grad()
+def test_a_padded_token_changes_nothing(backbones, kind):
+    vlm = backbones[kind]
+    for side in ("left", "right"):
+        inputs = padded(vlm.prepare(IMAGES, WORDS), side)
+        other = dict(inputs, input_ids=inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 33))
+        assert not other["input_ids"].equal(inputs["input_ids"])
+        one, two = vlm(inputs, EXTRA), vlm(other, EXTRA)
+        assert_close(one.extra, two.extra, 1e-6)
+        for mine, changed in zip(at_valid(one, inputs), at_valid(two, other)):
+            assert_close(mine, changed, 1e-6)
+        decoded = [vlm.decode(batch, max_tokens=2, allowed=ALLOWED) for batch in (inputs, other)]
+        assert decoded[0].equal(decoded[1])
+
+
+@every_kind
+@pytest.mark.parametrize("masked", [0, 1])
+@torch.no_grad()
+def test_a_masked_camera_changes_nothing_and_a_seen_one_does(backbones, kind, masked):
+    vlm, seen = backbones[kind], torch.ones(len(WORDS), 2, dtype=torch.bool)
+    seen[:2, masked] = False  # in the third sample both are seen
+
+    def read(changed: int | None) -> torch.Tensor:
+        images = [[picture(50 + i) if c == changed else IMAGES[i][c] for c in range(2)] for i in range(3)]
+        return vlm(vlm.prepare(images, WORDS) | {"image_mask": seen}, EXTRA)
+
+    base = read(None)
+    assert not base.mask[:2].all(1).any()
+    assert_close(read(masked).extra[:2], base.extra[:2], 1e-6)
+    moved = (read(1 - masked).extra - base.extra).abs().amax((1, 2))
+    assert (moved > 1e-3).all(), moved
+    assert (read(masked).extra[2] - base.extra[2]).abs().max() > 1e-3
+    everything = vlm(vlm.prepare(IMAGES, WORDS), EXTRA)
+    assert (everything.extra[:2] - base.extra[:2]).abs().amax((1, 2)).min() > 1e-3
+    assert_close(everything.extra[2], base.extra[2])
+    # a camera is masked in a sample alone as it is in a batch
+    alone = vlm(vlm.prepare(IMAGES[:1], WORDS[:1]) | {"image_mask": seen[:1]}, EXTRA[:1])
+    assert_close(alone.extra[0], base.extra[0])
+
+
+@every_kind
+@torch.no_grad()
+def test_pictures_and_words_are_where_they_are_said_to_be(backbones, kind):
+    vlm = backbones[kind]
+    inputs = vlm.prepare(IMAGES, WORDS)
+    places, grids = vlm.image_token_mask(inputs), vlm.image_grids(inputs)
+    assert places.sum(1).tolist() == [sum(h * w for h, w in row) for row in grids]
+    assert [len(row) for row in grids] == [2, 2, 2]
+    for row, text, ids in zip(vlm.words(inputs, WORDS), WORDS, inputs["input_ids"]):
+        assert [word for word, _ in row] == text.split()
+        for word, span in row:
+            assert vlm.processor.tokenizer.decode(ids[span]).strip() == word
+
+
+@every_kind
+@torch.no_grad()
+def test_attention_sums_to_one_over_what_may_be_seen(backbones, kind):
+    vlm = backbones[kind]
+    inputs = padded(vlm.prepare(IMAGES, WORDS), "right") | {"image_mask": torch.tensor([[True, False]] * 3)}
+    plain, features = vlm(inputs, EXTRA), vlm(inputs, EXTRA, attention=True)
+    assert_close(features.extra, plain.extra)
+    full = [k for k in getattr(vlm.text_config, "layer_types", None) or ["full"] * 2 if "linear" not in k]
+    assert len(features.attention) == len(full)
+    for weights in features.attention:
+        assert weights.shape[2] == 3 and weights.shape[3] == features.mask.shape[1]
+        assert_close(weights.sum(-1), torch.ones(weights.shape[:3]))
+        hidden = ~features.mask[:, None, None, :].expand_as(weights)
+        assert float(weights[hidden].abs().max()) == 0.0
+
+
+# --- keys and values, words ---------------------------------------------------------------------------------------
+
+
+@every_kind
+@torch.no_grad()
+def test_the_cache_continues_the_sequence_or_says_why_there_is_none(backbones, kind):
+    vlm = backbones[kind]
+    inputs, token = vlm.prepare(IMAGES, WORDS), torch.tensor([[20], [31], [42]])
+    embedded = vlm.model.get_input_embeddings()(token)
+    if kind in NO_CACHE:
+        assert vlm.sizes.head_dim is None and vlm.sizes.rope_theta is None
+        with pytest.raises(ValueError, match="keys and values"):
+            vlm(inputs, cache=True)
+        return
+    features, cache = vlm(inputs, cache=True), DynamicCache()
+    assert len(features.cache) == vlm.num_layers
+    for layer, (keys, values) in enumerate(features.cache):
+        assert keys.shape == (
+            3,
+            vlm.sizes.num_key_value_heads,
+            inputs["input_ids"].shape[1],
+            vlm.sizes.head_dim,
+        )
+        cache.update(keys, values, layer)
+    positions = features.next_position[:, None]
+    axes = vlm.position_ids(inputs).ndim == 3
+    continued = vlm.model.model(
+        inputs_embeds=embedded,
+        attention_mask=torch.cat([features.mask, torch.ones(3, 1, dtype=torch.bool)], 1).long(),
+        position_ids=positions.expand(3, 3, 1) if axes else positions,
+        past_key_values=cache,
+    ).last_hidden_state
+    assert_close(continued, vlm(inputs, embedded, causal_extra=True).extra)
+
+
+@every_kind
+@torch.no_grad()
+def test_decoding_is_the_likeliest_answer_of_the_full_model(backbones, kind):
+    vlm = backbones[kind]
+    for side in ("left", "right"):
+        found = vlm.decode(padded(vlm.prepare(IMAGES, WORDS), side), max_tokens=4, allowed=ALLOWED)
+        for row, images, text in zip(found, IMAGES, WORDS):
+            said = torch.zeros(0, dtype=torch.long)
+            for _ in range(4):
+                logits = answer_logits(vlm, images, text, said)[-1]
+                said = torch.cat([said, ALLOWED[logits[ALLOWED].argmax()][None]])
+            assert row.tolist() == said.tolist()
+    stop = int(found[0, 1])
+    stopped = vlm.decode(vlm.prepare(IMAGES, WORDS), max_tokens=4, allowed=ALLOWED, stop=stop)
+    first = found[0].tolist().index(stop)
+    assert stopped[0].tolist() == found[0, :first].tolist() + [-1] * (stopped.shape[1] - first)
+
+
+@every_kind
+@torch.no_grad()
+def test_the_answers_loss_is_the_cross_entropy_of_full_logits(backbones, kind):
+    vlm, terms = backbones[kind], []
+    for images, text, answer, valid in zip(IMAGES, WORDS, ANSWERS, VALID):
+        answer = answer[valid]
+        scores = answer_logits(vlm, images, text, answer)[: len(answer)].double().log_softmax(-1)
+        terms += [-scores[i, token].item() for i, token in enumerate(answer)]
+    for side in ("left", "right"):
+        loss = vlm.answer_loss(padded(vlm.prepare(IMAGES, WORDS), side), ANSWERS, VALID)
+        assert float(loss) == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+@every_kind
+@torch.no_grad()
+def test_the_language_loss_is_that_of_an_answer_in_the_same_row(backbones, kind):
+    vlm = backbones[kind]
+    longer = grown(vlm, own_inputs(vlm, IMAGES[0], WORDS[0]), ANSWERS[:1])
+    labels = longer["input_ids"].clone()
+    labels[:, :-3] = -100
+    logits = answer_logits(vlm, IMAGES[0], WORDS[0], ANSWERS[0])[:3]
+    expected = torch.nn.functional.cross_entropy(logits, ANSWERS[0])
+    assert float(vlm.lm_loss(longer, labels)) == pytest.approx(float(expected), rel=1e-4)
+
+
+@every_kind
+def test_features_compute_no_logits(backbones, kind, monkeypatch):
+    vlm = backbones[kind]
+
+    def refuse(*args):
+        raise AssertionError("vocabulary logits were computed")
+
+    monkeypatch.setattr(vlm.model.get_output_embeddings(), "forward", refuse)
+    inputs = vlm.prepare(IMAGES, WORDS)
+    with torch.no_grad():
+        vlm(inputs, EXTRA, layers="all", attention=True)
+    with pytest.raises(AssertionError, match="vocabulary"):
+        vlm.answer_loss(inputs, ANSWERS, VALID)
+
+
+@every_kind
+def test_every_trainable_parameter_is_reached(home, kind):
+    vlm = load_vlm(home / kind).train()
+    inputs = vlm.prepare(IMAGES, WORDS)
+
+    def unreached() -> list[str]:
+        return [
+            name
+            for name, parameter in vlm.named_parameters()
+            if parameter.requires_grad and (parameter.grad is None or not parameter.grad.any())
+        ]
+
+    vlm(inputs, EXTRA).extra.pow(2).sum().backward()
+    assert unreached() == []
+    vlm.zero_grad()
+    vlm.for_tokens()
+    vlm.answer_loss(inputs, ANSWERS, VALID).backward()
+    assert unreached() == []
+
+
+# --- folders, processes, sizes ------------------------------------------------------------------------------------
+
+
+@every_kind
+@torch.no_grad()
+def test_configuration_and_weights_make_the_same_backbone(backbones, kind, tmp_path):
+    vlm = backbones[kind]
+    vlm.save_config(tmp_path)
+    again = load_vlm(tmp_path, load_weights=False)
+    assert type(again) is type(vlm)
+    again.load_state_dict(vlm.state_dict())
+    inputs, others = vlm.prepare(IMAGES, WORDS), again.eval().prepare(IMAGES, WORDS)
+    assert inputs.keys() == others.keys() and all(others[name].equal(inputs[name]) for name in inputs)
+    assert again(others, EXTRA).extra.equal(vlm(inputs, EXTRA).extra)
+    assert again.image_grids(others) == vlm.image_grids(inputs)
+
+
+class Prepared:
+    """Batches of every kind, each made by a `prepare` that travelled as bytes."""
+
+    def __init__(self, frozen: list[bytes]):
+        self.frozen = frozen
+
+    def __len__(self) -> int:
+        return len(self.frozen)
+
+    def __getitem__(self, index: int) -> dict:
+        return pickle.loads(self.frozen[index])(IMAGES, WORDS)
+
+
+def test_prepare_gives_the_same_tensors_in_a_worker(backbones):
+    prepares = [vlm.prepare for vlm in backbones.values()]
+    assert not any(isinstance(v, torch.nn.Module) for prepare in prepares for v in vars(prepare).values())
+    frozen = Prepared([pickle.dumps(prepare) for prepare in prepares])
+    loader = DataLoader(frozen, batch_size=None, num_workers=1)
+    for vlm, there in zip(backbones.values(), loader, strict=True):
+        here = vlm.prepare(IMAGES, WORDS)
+        assert here.keys() == there.keys() and all(there[name].equal(here[name]) for name in here)
+
+
+@every_kind
+@torch.no_grad()
+def test_one_camera_is_enough(backbones, kind):
+    vlm = backbones[kind]
+    inputs = vlm.prepare([images[:1] for images in IMAGES], WORDS)
+    assert [len(row) for row in vlm.image_grids(inputs)] == [1, 1, 1]
+    one, two = vlm(inputs, EXTRA).extra, vlm(vlm.prepare(IMAGES, WORDS), EXTRA).extra
+    assert one.isfinite().all() and (one - two).abs().amax((1, 2)).min() > 1e-3
+
+
+@every_kind
+@torch.no_grad()
+def test_reserved_rows_are_words_that_only_actions_use(backbones, kind):
+    vlm = backbones[kind]
+    size = vlm.sizes.vocab_size
+    assert size == len(vlm.processor.tokenizer) + 8
+    codes = torch.arange(size - 8, size)
+    inputs = vlm.prepare(IMAGES, WORDS)
+    said = vlm.decode(inputs, max_tokens=2, allowed=codes)
+    assert said.shape == (3, 2) and ((said >= size - 8) & (said < size)).all()
+    assert vlm.answer_loss(inputs, codes[:3].expand(3, 3), VALID).isfinite()
+
+
+@every_kind
+@torch.no_grad()
+def test_other_picture_sizes(tmp_path, kind):
+    vlm = load_vlm(write_tiny(kind, tmp_path, image_size=96, corpus=WORDS, **SIZES)).eval()
+    inputs = vlm.prepare([[picture(0, 96), picture(1, 120)]], WORDS[:1])
+    places = vlm.image_token_mask(inputs)
+    assert int(places.sum()) == sum(h * w for h, w in vlm.image_grids(inputs)[0])
+    assert vlm(inputs, EXTRA[:1]).extra.isfinite().all()
+
+
+# --- what is particular -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "gemma3", "florence2"])
+@torch.no_grad()
+def test_packing_is_needed(backbones, kind, monkeypatch):
+    vlm, side = backbones[kind], "left" if kind == "florence2" else "right"
+    inputs = padded(vlm.prepare(IMAGES, WORDS), side)
+    packed = vlm(inputs, EXTRA).extra
+    monkeypatch.setattr(vlm, "packing", None)
+    assert (vlm(inputs, EXTRA).extra[0] - packed[0]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_florences_prompt_is_its_processors(backbones):
+    vlm = backbones["florence2"]
+    own = vlm.processor(text=[WORDS[0]], images=[IMAGES[0][0]], return_tensors="pt")
+    ours = vlm.prepare([IMAGES[0][:1]], WORDS[:1])
+    assert ours.keys() == own.keys() and all(own[name].equal(ours[name]) for name in ours)
+
+
+def test_florences_decoder_sleeps_until_tokens_are_wanted(home):
+    vlm = load_vlm(home / "florence2")
+    decoder = vlm.model.model.language_model.decoder
+    shared = vlm.model.get_input_embeddings().weight
+    asleep = [p for p in decoder.parameters() if not p.requires_grad]
+    assert len(asleep) == len(list(decoder.parameters())) - 1 and shared.requires_grad
+    vlm.for_tokens()
+    assert all(p.requires_grad for p in vlm.parameters())
+
+
+def test_smolvlm_as_its_authors_publish_it(home, backbones, tmp_path):
+    write_tiny("smolvlm", tmp_path, image_size=64, corpus=WORDS, reserved_tokens=8, **SIZES)
+    file = tmp_path / "processor_config.json"
+    published = json.loads(file.read_text())
+    published["processor_class"] = "SmolVLMProcessor"
+    published["image_processor"] |= {"do_image_splitting": True, "size": {"longest_edge": 256}}
+    file.write_text(json.dumps(published))
+    inputs, expected = load_vlm(tmp_path).prepare(IMAGES, WORDS), backbones["smolvlm"].prepare(IMAGES, WORDS)
+    assert all(inputs[name].equal(expected[name]) for name in expected)
+
+
+def test_a_wide_picture_is_one_tile_for_internvl(backbones):
+    vlm, wide = backbones["internvl"], IMAGES[0][0].resize((192, 64))
+    inputs = vlm.prepare([[wide, wide]], WORDS[:1])
+    assert vlm.image_grids(inputs) == [[(2, 2), (2, 2)]] and len(inputs["pixel_values"]) == 2
+    prompt = vlm.prepare.prompt(WORDS[0], 1)
+    assert len(vlm.processor(text=[prompt], images=[wide], return_tensors="pt")["pixel_values"]) > 1
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3", "internvl", "idefics3"])
+@torch.no_grad()
+def test_the_fallback_reads_what_a_class_of_its_own_reads(backbones, kind):
+    known = backbones[kind]
+    guessed = AnyVLM(known.model, known.processor).eval()
+    inputs, others = known.prepare(IMAGES, WORDS), guessed.prepare(IMAGES, WORDS)
+    if kind == "internvl":
+        others = inputs  # the fallback does not know that tiles must be refused
+    assert_close(guessed(others, EXTRA).extra, known(inputs, EXTRA).extra)
+    assert guessed.image_grids(others) == known.image_grids(inputs)
+    assert guessed.decode(others, max_tokens=3, allowed=ALLOWED).equal(
+        known.decode(inputs, max_tokens=3, allowed=ALLOWED)
+    )
+
+
+def test_the_fallback_is_taken_for_llava_and_refuses_what_it_cannot_read(backbones):
+    assert type(backbones["llava"]) is AnyVLM
+    florence, gemma = backbones["florence2"], backbones["gemma3"]
+    with pytest.raises(ValueError, match="write a class for it"):
+        AnyVLM(florence.model, florence.processor)
+    guessed = AnyVLM(gemma.model, gemma.processor)
+    inputs = guessed.prepare(IMAGES, WORDS) | {"image_mask": torch.tensor([[True, False]] * 3)}
+    with pytest.raises(ValueError, match="masked camera"):
+        guessed(inputs)
