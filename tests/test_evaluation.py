@@ -166,7 +166,9 @@ def evaluate_slowly(out):
 
     def note(observation, *, seed, predict=policy.predict):
         if not (pids := Path(out, "pids")).exists():  # once and whole: the kill comes at any moment after it
-            pids.with_suffix(".new").write_text(json.dumps([child.pid for child in multiprocessing.active_children()]))
+            pids.with_suffix(".new").write_text(
+                json.dumps([child.pid for child in multiprocessing.active_children()])
+            )
             pids.with_suffix(".new").replace(pids)
         return predict(observation, seed=seed)
 

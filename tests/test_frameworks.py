@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from vla_bench.models.backbones.tiny import write_tiny
 from vla_bench.models.backbones.vlm import Features
 from vla_bench.models.frameworks import framework as framework_module
-from vla_bench.models.frameworks.framework import Framework, attention_map, build_framework
+from vla_bench.models.frameworks.framework import Framework, build_framework
 from vla_bench.models.frameworks.gr00t import main as gr00t_main
 from vla_bench.models.frameworks.oft import main as oft_main
+from vla_bench.models.frameworks.prepare import attention_map
 from vla_bench.models.heads.flow_matching import FlowMatchingHead, sample_time
 from vla_bench.models.heads.mlp import MLPHead
 
@@ -419,7 +420,13 @@ def test_actions_in_some_samples_only_are_refused(home):
             "framework.name to one of .*GR00T.*action_model.type to 'MLP'",
         ),
         ({"name": "GR00T"}, "framework.name to one of .*OFT.*action_model.type to 'FlowMatching'"),
-        ({"vlm": {"base_vllm": "x"}}, "needs 'base_vlm'"),
+        ({"vlm": {"base_vllm": "x"}}, "did you mean 'base_vlm'"),
+        ({"vlm": {"base_vlm": "x", "projector": {"type": "MLP"}}}, "remove one or the other"),
+        ({"vlm": {"projector": {"type": "MLP"}}}, "vision_backbone, llm_backbone are missing"),
+        ({"prompt": "{lnag}"}, "did you mean 'lang'"),
+        ({"embodiments": ["a", "b"]}, "MLPHead has no encoders of its own"),
+        ({"max_action_dim": 2}, "framework.max_action_dim is 2"),
+        ({"frezee_projector": True}, "did you mean 'freeze_projector'"),
         ({"vlm": {"base_vlm": "x", "atn_implementation": "sdpa"}}, "did you mean 'attn_implementation'"),
         ({"action_horizon": None}, "framework.action_horizon"),
         ({"action_horizon": 2.5}, "framework.action_horizon"),
@@ -444,6 +451,101 @@ def test_a_wrong_configuration_is_refused_before_the_backbone_is_loaded(home, ch
 def test_a_head_is_refused_by_its_own_rules(home, head, message):
     with pytest.raises(ValueError, match=message):
         build(home, ("qwen2_5_vl", "OFT"), **head)
+
+
+def test_an_inference_model_replaces_code_and_keeps_the_weights(home, tmp_path):
+    config = configuration(home, ("qwen2_5_vl", "GR00T"))
+    twin = {"action_model": {"type": "FlowMatchingInference"}}
+    torch.manual_seed(0)
+    model = build_framework(config | {"inference_model": twin}, action_dim=D, state_dim=S)
+    model.save_pretrained(tmp_path)
+    trained, used = (Framework.from_pretrained(tmp_path, inference=flag) for flag in (False, True))
+    assert [type(m.action_model).__name__ for m in (trained, used)] == [
+        "FlowMatchingHead",
+        "FlowMatchingInferenceHead",
+    ]
+    np.testing.assert_allclose(predict(used, EXAMPLES), predict(trained, EXAMPLES), atol=1e-5)
+    with pytest.raises(ValueError, match="FlowMatchingInference"):
+        used(EXAMPLES)
+    plain = build_framework(
+        config, action_dim=D, state_dim=S
+    )  # without one, the model is used as it was trained
+    plain.save_pretrained(tmp_path)
+    assert type(Framework.from_pretrained(tmp_path, inference=True).action_model) is FlowMatchingHead
+
+
+@pytest.mark.parametrize(
+    ("inference", "message"),
+    [
+        ({"action_model": {"type": "FlowMatchingInferense"}}, "did you mean 'FlowMatchingInference'"),
+        ({"acton_model": {}}, "framework.inference_model.*did you mean 'action_model'"),
+        ({"action_model": {"type": "MLP"}}, "GR00T provides 'last'"),
+    ],
+    ids=["type", "part", "reads"],
+)
+def test_a_wrong_inference_model_is_refused_before_training(home, inference, message):
+    config = configuration(home, ("qwen2_5_vl", "GR00T")) | {"inference_model": inference}
+    with pytest.raises(ValueError, match=message):
+        build_framework(config, action_dim=D, state_dim=S)
+
+
+def test_weights_of_others_are_loaded_by_prefix_and_parts_are_frozen(home, tmp_path, capsys):
+    config = configuration(home, ("qwen2_5_vl", "GR00T"))
+    source = build_framework(config, action_dim=D, state_dim=S)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    names = {"vlm.model": "backbone.net", "action_model": "head"}
+    theirs = {}
+    for name, weight in source.state_dict().items():
+        ours = next(prefix for prefix in names if name.startswith(prefix + "."))
+        theirs[names[ours] + name.removeprefix(ours)] = weight.clone()
+    save_file(theirs, tmp_path / "model.safetensors")
+    more = {"pretrained_name_or_path": str(tmp_path), "name_mapping": names}
+    frozen = {"freeze_vision_backbone": True, "freeze_vla_head": True}
+    model = build_framework(config | more | frozen, action_dim=D, state_dim=S)
+    np.testing.assert_array_equal(predict(model, EXAMPLES), predict(source, EXAMPLES))
+    assert "loaded" in capsys.readouterr().out
+    assert {n.split(".visual.")[0] for n, p in model.named_parameters() if not p.requires_grad} <= {
+        "vlm.model.model",
+        *(n for n, _ in model.named_parameters() if n.startswith("action_model.")),
+    }
+    assert any(p.requires_grad for p in model.vlm.part("llm_backbone").parameters())
+    assert not any(p.requires_grad for p in model.vlm.part("vision_backbone").parameters())
+    assert not any(p.requires_grad for p in model.action_model.parameters())
+    with pytest.raises(ValueError, match="head"):
+        build_framework(config | more | {"name_mapping": {"action_model": "heda"}}, action_dim=D, state_dim=S)
+    with pytest.raises(ValueError, match="projector"):
+        build_framework(config | {"freeze_projectr": True}, action_dim=D, state_dim=S)
+
+
+def test_a_model_wider_than_the_robot_counts_only_what_the_robot_has(home):
+    wide = {"max_action_dim": D + 4, "max_state_dim": S + 3}
+    torch.manual_seed(0)
+    model = build_framework(configuration(home, ("paligemma", "GR00T")) | wide, action_dim=D, state_dim=S)
+    head, batch = model.action_model, model.prepare(EXAMPLES)
+    assert (head.action_dim, head.state_dim, batch["actions"].shape[-1]) == (D + 4, S + 3, D + 4)
+    rows = len(EXAMPLES) * head.repeats
+    noise, time = torch.randn(rows, T, D + 4), torch.full((rows,), 0.0)
+    before = model(batch, noise=noise, time=time)["action_loss"]
+    batch["actions"][..., D:] = 9.0  # numbers that no robot sent
+    torch.testing.assert_close(model(batch, noise=noise, time=time)["action_loss"], before)
+    predicted = model.predict_action(EXAMPLES, noise=torch.randn(len(EXAMPLES), T, D + 4))[
+        "normalized_actions"
+    ]
+    assert predicted.shape == (len(EXAMPLES), T, D)
+
+
+def test_robots_have_encoders_of_their_own(home):
+    known = {"embodiments": ["bridge", "libero"]}
+    torch.manual_seed(0)
+    model = build_framework(configuration(home, ("qwen2_5_vl", "GR00T")) | known, action_dim=D, state_dim=S)
+    first, second = ([e | {"dataset": name} for e in EXAMPLES] for name in known["embodiments"])
+    assert np.abs(predict(model, first) - predict(model, second)).max() > 1e-3
+    mixed = predict(model, [first[0], second[1], first[2]])
+    np.testing.assert_allclose(mixed[1], predict(model, second)[1], atol=1e-5)
+    with pytest.raises(ValueError, match="toy episode 0.*did you mean 'libero'"):
+        model([e | {"dataset": "liberro"} for e in EXAMPLES])
 
 
 def test_a_checkpoint_that_is_none_is_refused(tmp_path):

@@ -22,7 +22,8 @@ from ..config import cli_errors, suggest
 from ..data.layout import PolicySpec, spec_from_dict, spec_to_dict
 from ..data.normalize import Normalizer, load_statistics, statistics_hash
 from ..data.sample import Sample, check_sample
-from ..models.frameworks.framework import AttentionMap, Framework
+from ..models.frameworks.framework import Framework
+from ..models.frameworks.prepare import AttentionMap
 from ..settings import get_setting
 from ..training.checkpoint import find_checkpoint
 
@@ -128,7 +129,7 @@ class Policy:
         normalizers = load_normalizers(found, spec)
         if device == "cpu":
             torch.set_num_threads(int(get_setting("launch.threads")))
-        framework = Framework.from_pretrained(found).to(device)
+        framework = Framework.from_pretrained(found, inference=True).to(device)
         return cls(framework, spec, normalizers, _fingerprint(found, spec))
 
     @torch.no_grad()
