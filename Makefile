@@ -66,6 +66,7 @@ figures: setup
 speed: setup $(DATA)/meta/info.json
 	python experiments/speed/video_access.py $(DATA)
 	python experiments/speed/train_step.py
+	python experiments/speed/flow_sampling.py
 
 # Notebooks are the source: format them, write the package anew, keep only the outputs that teach.
 format: setup

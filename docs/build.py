@@ -22,7 +22,9 @@ EXPORTED = re.compile(r"^#\|\s*exports?\b", re.M)
 ROOMS = {
     "Foundations": "",
     "Data": "data",
+    "Models": "models",
     "Backbones": "models/backbones",
+    "Projectors": "models/projectors",
     "Action heads": "models/heads",
     "Frameworks": "models/frameworks",
     "Training": "training",

@@ -27,6 +27,8 @@ ROOMS = [
     "benchmarks",
     "evaluation",
     "viz",
+    "new",
+    "__main__",
 ]
 BASE = ["config", "registry", "settings", "data.sample", "data.layout", "data.normalize"]
 
