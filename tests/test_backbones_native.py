@@ -223,6 +223,24 @@ def test_pictures_and_words_are_where_they_are_said_to_be(backbones, kind):
 
 
 @every_kind
+def test_characters_that_several_tokens_spell_are_found(backbones, kind):
+    vlm, texts = backbones[kind], ["pick up the café mug ☕ now", "打开 抽屉"]
+    inputs = vlm.prepare(IMAGES[:2], texts)
+    for row, text, ids in zip(vlm.words(inputs, texts), texts, inputs["input_ids"]):
+        assert [word for word, _ in row] == text.split()
+        for word, span in row:
+            assert word in vlm.processor.tokenizer.decode(ids[span])
+        taken = [place for _, span in row for place in span]
+        assert taken == sorted(set(taken))  # no token belongs to two words
+
+
+def test_a_prompt_longer_than_florences_positions_is_refused(backbones):
+    vlm = backbones["florence2"]
+    with pytest.raises(ValueError, match="positions for .* tokens, this prompt has"):
+        vlm(vlm.prepare(IMAGES[:1], ["open the drawer " * 2000]))
+
+
+@every_kind
 @torch.no_grad()
 def test_attention_sums_to_one_over_what_may_be_seen(backbones, kind):
     vlm = backbones[kind]

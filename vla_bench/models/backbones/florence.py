@@ -114,6 +114,11 @@ class FlorenceEncoder(FlorenceReader):
                 "Florence-2's encoder reads everything in both directions: it keeps no keys and values for an "
                 "action expert and reads no answer; use a head that reads hidden states, or answer_loss and decode"
             )
+        length, most = embeddings.shape[1], self.text_config.max_position_embeddings
+        if length > most:
+            raise ValueError(
+                f"Florence-2 has positions for {most} tokens, this prompt has {length}, pictures included"
+            )
         if "pixel_values" in inputs:
             every = inputs["input_ids"] == self.config.image_token_id
             tokens = self.model.model.get_image_features(

@@ -19,16 +19,22 @@ from ...registry import BACKBONES
 class PaliGemmaPrepare(VLMPrepare):
     """Pictures first, then the sentence; the whole prompt is a prefix."""
 
+    newline = True  # whether a newline closes the sentence
+
     def prompt(self, text: str, num_images: int) -> str:
-        """One `<image>` per picture in front of the sentence."""
-        return "<image>" * num_images + text
+        """The prompt as text, with every picture token written out."""
+        pictures = self.processor.image_token * (self.processor.image_seq_length * num_images)
+        return pictures + self.processor.tokenizer.bos_token + text + "\n" * self.newline
 
     def encode(self, prompts: list[str], images: list[list[Image.Image]]) -> dict[str, Tensor]:
-        """The processor's call, with pictures grouped by sample."""
+        """Tokens of the texts, pixels of the pictures."""
         if not all(images):
             raise ValueError("PaliGemma reads at least one picture per sample")
-        inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt")
-        return {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        options = {"padding": True, "add_special_tokens": False, "return_tensors": "pt"}
+        tokens = self.processor.tokenizer(prompts, **options)
+        flat = [picture for pictures in images for picture in pictures]
+        pixels = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]
+        return {name: tokens[name] for name in ("input_ids", "attention_mask")} | {"pixel_values": pixels}
 
 # %% ../../../nbs/models/backbones/30_paligemma.ipynb #a92e1079
 @BACKBONES.register("PaliGemma", aliases=("paligemma",))
@@ -38,8 +44,8 @@ class PaliGemma(VLM):
     prepare_class = PaliGemmaPrepare
 
     def position_ids(self, inputs: dict[str, Tensor]) -> Tensor:
-        """One id per token, [B, L], from 1."""
-        return inputs["attention_mask"].cumsum(-1).clamp(min=1)
+        """One id per visible token, [B, L], from 1."""
+        return self.visible(inputs).cumsum(-1).clamp(min=1)
 
     def image_grids(self, inputs: dict[str, Tensor]) -> list[list[tuple[int, int]]]:
         """Per sample and picture, the square of its patches."""
@@ -52,22 +58,16 @@ class PaliGemma(VLM):
 
     def answer_inputs(self, mask: Tensor, count: int) -> dict[str, Tensor]:
         """A token type that makes the last tokens an answer, each seeing only what is before it."""
-        return (
-            {
-                "token_type_ids": (torch.arange(mask.shape[1]) >= mask.shape[1] - count)
-                .long()
-                .expand_as(mask)
-                .to(mask.device)
-            }
-            if count
-            else {}
-        )
+        if not count:
+            return {}
+        is_answer = torch.arange(mask.shape[1], device=mask.device) >= mask.shape[1] - count
+        return {"token_type_ids": is_answer.long().expand_as(mask)}
 
     def lm_loss(self, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Next-token cross-entropy; tokens with a label are the answer, read causally behind the prefix."""
         output = self.model.model(
             input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            attention_mask=self.visible(inputs).long(),
             position_ids=self.position_ids(inputs),
             pixel_values=inputs["pixel_values"],
             token_type_ids=(labels != -100).long(),

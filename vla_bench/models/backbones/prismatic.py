@@ -7,7 +7,7 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/prismatic.html.md""
 # %% auto #0
 __all__ = ['PromptTemplate', 'PrismaticProcessor', 'PrismaticVisionConfig', 'PrismaticConfig', 'insert_pictures', 'PrismaticPart',
            'PrismaticModel', 'PrismaticForConditionalGeneration', 'check_projector', 'assemble', 'PrismaticPrepare',
-           'spelt', 'Prismatic', 'compose']
+           'Prismatic', 'compose']
 
 # %% ../../../nbs/models/backbones/44_prismatic.ipynb #d8f2a321
 import json
@@ -34,7 +34,7 @@ from transformers.utils import cached_file
 
 from .llm import PROMPT
 from .vision import Pixels
-from .vlm import VLM, VLMPrepare, check_one_way, locate_words
+from .vlm import VLM, VLMPrepare, check_one_way
 from ...registry import BACKBONES, LLM_BACKBONES, PROJECTORS, VISION_BACKBONES, Registry
 
 # %% ../../../nbs/models/backbones/44_prismatic.ipynb #01b4b3db
@@ -328,13 +328,6 @@ class PrismaticPrepare(VLMPrepare):
         """The processor's call."""
         return self.processor(prompts, images)
 
-
-def spelt(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to a text that begins before it."""
-    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
-    skip = len(tokenizer.decode(anchor))
-    return [tokenizer.decode([*anchor, i], clean_up_tokenization_spaces=False)[skip:] for i in ids]
-
 # %% ../../../nbs/models/backbones/44_prismatic.ipynb #a28ddde5
 @BACKBONES.register("Prismatic", aliases=("prismatic",))
 class Prismatic(VLM):
@@ -384,11 +377,6 @@ class Prismatic(VLM):
         extra = mask.shape[1] - inputs["input_ids"].shape[1]
         places = nn.functional.pad(self.image_token_mask(inputs), (0, extra))
         return {"pixel_values": inputs["pixel_values"], "image_positions": places}
-
-    def words(self, inputs: dict[str, Tensor], texts: Sequence[str]) -> list[list[tuple[str, list[int]]]]:
-        """Per sample, the words of the phrase with the positions [0, L) of their tokens."""
-        tokenizer, rows = self.processor.tokenizer, inputs["input_ids"].tolist()
-        return [locate_words(spelt(tokenizer, row), text) for row, text in zip(rows, texts, strict=True)]
 
     @classmethod
     def load_processor(cls, path: str | Path) -> PrismaticProcessor:

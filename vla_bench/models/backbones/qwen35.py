@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .pictures import PackedVLM
-from .qwen import QwenVL
+from .qwen import QwenPictures
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/22_qwen35.ipynb #21eae43d
 @BACKBONES.register("Qwen35", aliases=("qwen3_5",))
-class Qwen35(PackedVLM, QwenVL):
+class Qwen35(PackedVLM, QwenPictures):
     """Qwen3.5: Qwen's pictures and positions, a hybrid of linear and full attention, padding in front."""
 
     lacks = {"cache": "three of four layers keep a running state instead of keys and values"}
