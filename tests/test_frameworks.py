@@ -16,14 +16,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vla_bench.models.backbones.tiny import write_tiny
+from vla_bench.models.backbones.tiny_parts import write_tiny_parts
 from vla_bench.models.backbones.vlm import Features
 from vla_bench.models.frameworks import framework as framework_module
 from vla_bench.models.frameworks.framework import Framework, build_framework
+from vla_bench.models.frameworks.gr00t import GR00T
 from vla_bench.models.frameworks.gr00t import main as gr00t_main
 from vla_bench.models.frameworks.oft import main as oft_main
 from vla_bench.models.frameworks.prepare import attention_map
 from vla_bench.models.heads.flow_matching import FlowMatchingHead, sample_time
 from vla_bench.models.heads.mlp import MLPHead
+from vla_bench.registry import FRAMEWORKS
 
 T, D, S = 4, 3, 2  # actions in a chunk, numbers in an action, numbers in a state
 DIT = {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "num_future_tokens": 2, "dropout": 0.0}
@@ -428,6 +431,15 @@ def test_actions_in_some_samples_only_are_refused(home):
         ({"max_action_dim": 2}, "framework.max_action_dim is 2"),
         ({"frezee_projector": True}, "did you mean 'freeze_projector'"),
         ({"vlm": {"base_vlm": "x", "atn_implementation": "sdpa"}}, "did you mean 'attn_implementation'"),
+        ({"vlm": {"base_vlm": "x", "dtype": "bf16"}}, "framework.vlm.dtype is 'bf16'"),
+        ({"vlm": {"base_vlm": "x", "hidden_states": "raw"}}, "final or residual"),
+        ({"vlm": "Qwen/Qwen2.5-VL-3B-Instruct"}, "framework.vlm is a section"),
+        ({"action_model": "MLP"}, "framework.action_model is a section"),
+        ({"freeze_vlm_backbone": "false"}, "freeze_vlm_backbone takes true or false, got 'false'"),
+        ({"max_action_dim": "32"}, "max_action_dim takes a whole number"),
+        ({"embodiments": "bridge"}, "embodiments takes a list"),
+        ({"embodiments": ["a", "a"]}, "names one twice"),
+        ({"name_mapping": {"vlm": "model"}}, "needs framework.pretrained_name_or_path"),
         ({"action_horizon": None}, "framework.action_horizon"),
         ({"action_horizon": 2.5}, "framework.action_horizon"),
         ({"action_horizon": 0}, "framework.action_horizon"),
@@ -435,11 +447,18 @@ def test_actions_in_some_samples_only_are_refused(home):
     ids=lambda value: None if isinstance(value, str) else next(iter(value)),
 )
 def test_a_wrong_configuration_is_refused_before_the_backbone_is_loaded(home, change, message, monkeypatch):
-    def refuse(path, *, load_weights=True, dtype="float32", attn_implementation="sdpa"):
+    def refuse(*path, **options):
         raise AssertionError("the backbone was loaded")
 
     monkeypatch.setattr(framework_module, "load_vlm", refuse)
-    config = configuration(home, ("qwen2_5_vl", "OFT")) | change
+    config = configuration(home, ("qwen2_5_vl", "OFT"))
+    if (
+        isinstance(change.get("vlm"), dict)
+        and change["vlm"].get("base_vlm") == "x"
+        and "projector" not in change["vlm"]
+    ):
+        change = {"vlm": change["vlm"] | {"base_vlm": config["vlm"]["base_vlm"]}}
+    config |= change
     with pytest.raises(ValueError, match=message):  # a RegistryError is one
         build_framework(config, action_dim=D, state_dim=S)
 
@@ -480,8 +499,13 @@ def test_an_inference_model_replaces_code_and_keeps_the_weights(home, tmp_path):
         ({"action_model": {"type": "FlowMatchingInferense"}}, "did you mean 'FlowMatchingInference'"),
         ({"acton_model": {}}, "framework.inference_model.*did you mean 'action_model'"),
         ({"action_model": {"type": "MLP"}}, "GR00T provides 'last'"),
+        ({"action_model": {"hidden_size": 64}}, "must have the weights of the head that is trained"),
+        ({"action_model": {"type": "Transformer", "dropout": 0.0}}, "Transformer.* takes no argument"),
+        ({"action_model": None}, "is a section of what differs"),
+        ({"vlm": {"dtype": "bfloat"}}, "inference_model.vlm.dtype.*did you mean 'bfloat16'"),
+        ({"vlm": {"attn_implementation": "flash_attention"}}, "did you mean 'flash_attention_"),
     ],
-    ids=["type", "part", "reads"],
+    ids=["type", "part", "reads", "shapes", "other head", "empty", "dtype", "attention"],
 )
 def test_a_wrong_inference_model_is_refused_before_training(home, inference, message):
     config = configuration(home, ("qwen2_5_vl", "GR00T")) | {"inference_model": inference}
@@ -510,8 +534,8 @@ def test_weights_of_others_are_loaded_by_prefix_and_parts_are_frozen(home, tmp_p
         "vlm.model.model",
         *(n for n, _ in model.named_parameters() if n.startswith("action_model.")),
     }
-    assert any(p.requires_grad for p in model.vlm.part("llm_backbone").parameters())
-    assert not any(p.requires_grad for p in model.vlm.part("vision_backbone").parameters())
+    assert any(p.requires_grad for p in model.part("llm_backbone"))
+    assert not any(p.requires_grad for p in model.part("vision_backbone"))
     assert not any(p.requires_grad for p in model.action_model.parameters())
     with pytest.raises(ValueError, match="head"):
         build_framework(config | more | {"name_mapping": {"action_model": "heda"}}, action_dim=D, state_dim=S)
@@ -548,9 +572,73 @@ def test_robots_have_encoders_of_their_own(home):
         model([e | {"dataset": "liberro"} for e in EXAMPLES])
 
 
-def test_a_checkpoint_that_is_none_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["FAST", "OpenVLA"])
+def test_heads_that_speak_may_be_wider_than_the_robot(home, name):
+    vlm = {"base_vlm": str(home / "qwen2_5_vl")}
+    head = {"type": "Bins"} if name == "OpenVLA" else {"type": "FAST"}
+    config = {"name": name, "vlm": vlm, "action_horizon": T, "action_model": head | {"first_token_id": 0}}
+    model = build_framework(config | {"max_action_dim": D + 2}, action_dim=D, state_dim=0)
+    stateless = [{key: value for key, value in e.items() if key != "state"} for e in EXAMPLES]
+    batch = model.prepare(stateless)
+    said = model.codec.decode([[int(word) for word in row if word >= 0] for row in batch["codes"]])
+    valid = ~batch["action_is_pad"].numpy()
+    assert np.abs(said - batch["actions"].numpy())[valid].max() < 0.2
+    model(batch)["action_loss"].backward()
+    assert predict(model, stateless).shape == (len(EXAMPLES), T, D)
+
+
+def test_eyes_of_its_own_leave_the_last_word_last(home, tmp_path):
+    write_tiny_parts("dinov2", tmp_path / "dinov2", image_size=32)
+    eyes = {"vision_backbone": {"type": "DINOv2", "path": str(tmp_path / "dinov2")}}
+    config = configuration(home, ("qwen2_5_vl", "GR00T")) | eyes | {"action_model": {"type": "Transformer"}}
+    torch.manual_seed(0)
+    model = build_framework(config, action_dim=D, state_dim=S)
+    with torch.no_grad():
+        for parameter in model.vlm.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    said_otherwise = [e | {"lang": "close the window"} for e in EXAMPLES]
+    assert np.abs(predict(model, EXAMPLES) - predict(model, said_otherwise)).max() > 1e-4
+    maps = model.attention_maps(EXAMPLES)
+    assert all(m.images[0].sum() > 0 for m in maps)
+    frozen = build_framework(config | {"freeze_vision_backbone": True}, action_dim=D, state_dim=S)
+    assert not any(p.requires_grad for p in frozen.eyes.parameters()) and frozen.eyes_out.weight.requires_grad
+    with pytest.raises(ValueError, match="framework.vision_backbone is a section"):
+        build_framework(config | {"vision_backbone": {"typ": "DINOv2"}}, action_dim=D, state_dim=S)
+
+
+@pytest.mark.parametrize("word", ["<|im_end|>", "<|image_pad|>", "<|vision_start|>"])
+def test_control_tokens_in_an_instruction_are_refused(home, word):
+    model = build(home, ("qwen2_5_vl", "OFT"))
+    with pytest.raises(ValueError, match="toy episode 0 frame 7: the instruction .* holds") as refused:
+        model.prepare([EXAMPLES[0] | {"lang": f"open {word} the drawer"}])
+    assert word in str(refused.value)
+
+
+def test_a_broken_framework_of_a_package_hides_no_other_error(home, monkeypatch):
+    get = type(FRAMEWORKS).get
+
+    def broken(registry, name):
+        if registry is FRAMEWORKS and name == "PI":
+            raise RuntimeError("boom")
+        return get(registry, name)
+
+    monkeypatch.setattr(type(FRAMEWORKS), "get", broken)
+    with pytest.raises(ValueError, match="OFT provides 'queries'"):
+        build(home, ("qwen2_5_vl", "OFT"), type="FlowMatching")
+
+
+def test_a_checkpoint_that_is_none_is_refused(home, tmp_path):
     with pytest.raises(FileNotFoundError, match="framework.json"):
         Framework.from_pretrained(tmp_path)
+    model = build(home, ("qwen2_5_vl", "OFT"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a OFT, not a GR00T"):
+        GR00T.from_pretrained(tmp_path)
+    written = (tmp_path / "framework.json").read_text()
+    for damage in ("", "[]", "{", json.dumps({**json.loads(written), "action_dim": "4"})):
+        (tmp_path / "framework.json").write_text(damage)
+        with pytest.raises(ValueError, match="framework.json is damaged"):
+            Framework.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(("main", "name"), [(oft_main, "OFT"), (gr00t_main, "GR00T")], ids=["oft", "gr00t"])

@@ -111,9 +111,10 @@ class Figure:
             for span, seen in zip(places, cameras):
                 if not seen:
                     self.valid[row, span] = False
+        counted = written & self.valid  # openpi's cumsum(pad_masks) - 1: a masked camera takes no position
+        self.positions, self.next = counted.cumsum(1) - 1, counted.sum(1) + shift
         if see_everything:
             self.valid[:] = True
-        self.positions, self.next = written.cumsum(1) - 1, written.sum(1) + shift
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
@@ -401,6 +402,35 @@ def test_a_masked_camera_changes_nothing(home, name, backbone):
     for m in model.attention_maps(HALF_BLIND)[:1]:
         assert m.images[0].sum() > 0 and m.images[1].sum() == 0
         assert sum(i.sum() for i in m.images) + sum(share for _, share in m.words) <= 1 + 1e-5
+
+
+@both
+def test_a_masked_camera_is_a_camera_left_out(home, name):
+    model = build(home, name)
+    masked = [e | {"image_mask": np.array([True, False])} for e in EXAMPLES]
+    left_out = [e | {"image": e["image"][:1]} for e in EXAMPLES]
+    np.testing.assert_allclose(predict(model, masked), predict(model, left_out), atol=1e-5)
+    assert np.abs(predict(model, masked) - predict(model, EXAMPLES)).max() > 1e-3
+
+
+@both
+def test_the_prompt_is_openpis(home, name):
+    model = build(home, name)
+    example = EXAMPLES[0] | {
+        "lang": " open_the drawer\nnow ",
+        "state": np.array([-2.0, -1.0, 0.0, 7.0], np.float32)[:S],
+    }
+    inputs, tokenizer = model.prepare([example])["inputs"], model.vlm.processor.tokenizer
+    text = "open the drawer now"
+    if name == "PI0":  # openpi tokenises the newline apart
+        words = tokenizer.encode(text, add_special_tokens=False) + tokenizer.encode(
+            "\n", add_special_tokens=False
+        )
+    else:
+        state = " ".join(["-1", "0", "128", "255"][:S])
+        words = tokenizer.encode(f"Task: {text}, State: {state};\nAction: ", add_special_tokens=False)
+    ids = inputs["input_ids"][0]
+    assert ids[ids != model.vlm.config.image_token_id].tolist() == [tokenizer.bos_token_id, *words]
 
 
 @both

@@ -6,9 +6,9 @@ Docs: https://vla-bench.github.io/vla_bench/models/frameworks/fluxvla.html.md"""
 
 # %% auto #0
 __all__ = ['Table', 'FLOW_TABLE', 'TRANSFORMER_TABLE', 'BINS_TABLE', 'HUB', 'EYES', 'VLM_TABLE', 'LLM_TABLE', 'PROJECTOR_TABLE',
-           'VISION_TABLE', 'EXPERT_TABLE', 'MODEL_TABLE', 'COMPONENTS', 'HEAD_TABLES', 'HEAD_DEFAULTS', 'MODULES',
-           'SPECIAL', 'Left', 'Translation', 'on_hub', 'defaults', 'mapping_of_eagle', 'mapping_of_flow_head',
-           'mapping_of_expert', 'translate_mapping', 'translate', 'from_fluxvla', 'remarks']
+           'VISION_TABLE', 'EXPERT_TABLE', 'MODEL_TABLE', 'COMPONENTS', 'TYPES', 'HEAD_TABLES', 'HEAD_DEFAULTS',
+           'MODULES', 'SPECIAL', 'Left', 'Translation', 'on_hub', 'type_of', 'defaults', 'mapping_of_eagle',
+           'mapping_of_flow_head', 'mapping_of_expert', 'translate_mapping', 'translate', 'from_fluxvla', 'remarks']
 
 # %% ../../../nbs/models/frameworks/05_fluxvla.ipynb #0e924a2a
 from collections.abc import Callable, Mapping
@@ -16,7 +16,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..layouts import GR00T_HEAD_SIZES, NEW_EMBODIMENT, gr00t_head
-from ...registry import FRAMEWORKS, HEADS, RegistryError, suggest
+from vla_bench.registry import (
+    BACKBONES,
+    FRAMEWORKS,
+    HEADS,
+    LLM_BACKBONES,
+    PROJECTORS,
+    VISION_BACKBONES,
+    Registry,
+    RegistryError,
+    suggest,
+)
 
 # %% ../../../nbs/models/frameworks/05_fluxvla.ipynb #77a1684e
 @dataclass(frozen=True)
@@ -24,6 +34,8 @@ class Left:
     """A key that has no place in our section, and why."""
 
     why: str
+    harmless: tuple | None = None  # the values that can be left out, when others would make another network
+    told: bool = False  # unasked, since what is used instead may differ from the value
 
 
 Table = Mapping[str, "str | tuple[str, ...] | Left | Callable[[Any], Translation | dict[str, Any]]"]
@@ -35,6 +47,7 @@ class Translation:
 
     values: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)  # those remarks that are told unasked
 
     def read(
         self,
@@ -42,17 +55,22 @@ class Translation:
         given: Mapping[str, Any],
         table: Table,
     ) -> None:
-        """Places every key. Raises `RegistryError` for one that the table does not have."""
-        for key, value in given.items():
-            if key == "type":
+        """Places every key, None for the default. Raises `RegistryError` for one that the table does not have."""
+        if odd := [key for key in given if key not in ("type", *table)]:
+            raise RegistryError(
+                f"{where} ({given.get('type', 'model')}) takes no {odd[0]!r}{suggest(odd[0], table)}"
+            )
+        for key, target in table.items():
+            if (value := given.get(key)) is None:
                 continue
-            if key not in table:
-                raise RegistryError(
-                    f"{where} ({given.get('type', 'model')}) takes no {key!r}{suggest(key, table)}"
-                )
-            target = table[key]
             if isinstance(target, Left):
-                self.remarks.append(f"{where}.{key} = {value!r} is left out: {target.why}")
+                if target.harmless is not None and value not in target.harmless:
+                    raise RegistryError(
+                        f"{where}.{key} = {value!r} makes another network than ours: {target.why}"
+                    )
+                remark = f"{where}.{key} = {value!r} is left out: {target.why}"
+                self.remarks.append(remark)
+                self.told += [remark] * target.told
             elif callable(target):
                 self.add(target(value))
             else:
@@ -63,6 +81,7 @@ class Translation:
         other = Translation(other) if isinstance(other, dict) else other
         self.values |= other.values
         self.remarks += other.remarks
+        self.told += other.told
 
     def nested(self) -> dict[str, Any]:
         """The section, without dots."""
@@ -82,22 +101,31 @@ _BACKBONE = "the width of the backbone is known"
 _ROBOTS = "framework.embodiments names the robots, when there are several"
 
 
-def _inside(prefix: str, names: Mapping[str, str | tuple[str, ...]], known: Mapping[str, str]) -> Callable:
+def _inside(
+    prefix: str, names: Mapping[str, str | tuple[str, ...]], known: Mapping[str, "str | Left"]
+) -> Callable:
     """The reader of a dictionary within a dictionary."""
+    left = {key: why if isinstance(why, Left) else Left(why) for key, why in known.items()}
 
     def read(given: Mapping[str, Any]) -> Translation:
         inner = Translation()
-        inner.read(prefix, given, {**names, **{key: Left(why) for key, why in known.items()}})
+        inner.read(prefix, given, {**names, **left})
         return inner
 
     return read
 
 # %% ../../../nbs/models/frameworks/05_fluxvla.ipynb #9fd74c13
-_BLOCKS = {
-    key: "always so here"
-    for key in ("interleave_self_attention", "norm_type", "final_dropout", "attention_bias")
+_BLOCKS: dict[str, str | Left] = {
+    key: Left(f"it is always {value!r} here", (value,))
+    for key, value in {
+        "interleave_self_attention": True,
+        "norm_type": "ada_norm",
+        "final_dropout": True,
+        "attention_bias": True,
+        "activation_fn": "gelu-approximate",
+    }.items()
 }
-_BLOCKS |= {"positional_embeddings": "always so here", "activation_fn": "always so here"}
+_BLOCKS |= {"positional_embeddings": Left("the head has its own positions, so write None", ())}
 _BLOCKS |= {"attention_head_dim": "the width divided by the heads", "cross_attention_dim": _BACKBONE}
 _DIT = {"num_layers": "action_model.num_layers", "num_attention_heads": "action_model.num_heads"}
 _DIT |= {"dropout": "action_model.dropout", "output_dim": "action_model.output_size"}
@@ -115,7 +143,9 @@ FLOW_TABLE: Table = {
     "max_seq_len": "action_model.max_positions",
     "diffusion_model_cfg": _inside("diffusion_model_cfg", _DIT, _BLOCKS),
     "vl_self_attention_cfg": _inside(
-        "vl_self_attention_cfg", _REFINER, {**_BLOCKS, "dropout": "that of diffusion_model_cfg"}
+        "vl_self_attention_cfg",
+        _REFINER,
+        {**_BLOCKS, "dropout": Left("it is that of diffusion_model_cfg", told=True)},
     ),
     "num_layers": Left(_SWALLOWED),
     "num_heads": Left(_SWALLOWED),
@@ -167,11 +197,14 @@ def on_hub(name: str) -> str:
 VLM_TABLE: Table = {
     "vlm_backbone_id": lambda name: {"vlm.base_vlm": on_hub(name)},
     "vlm_path": "vlm.base_vlm",
-    "vlm_config": Left(_OWN_SIZES),
+    "vlm_config": Left(_OWN_SIZES, told=True),
     "dtype": "vlm.dtype",
     "attn_implementation": "vlm.attn_implementation",
-    "select_layer": Left("write a shortened backbone with compose_eagle(select_layer=…)"),
-    "use_llm": Left("what is read of a backbone is the framework's business"),
+    "select_layer": Left(
+        "save a shortened backbone with compose_eagle(select_layer=…), give its path, and leave the key out",
+        (-1,),
+    ),
+    "use_llm": Left("what is read of a backbone is the framework's business", told=True),
     "vlm_max_length": Left(_LENGTH),
 }
 LLM_TABLE: Table = {
@@ -179,7 +212,7 @@ LLM_TABLE: Table = {
     "llm_path": "vlm.llm_backbone.path",
     "llm_family": Left("the type says so"),
     "llm_max_length": Left(_LENGTH),
-    "llm_config": Left(_OWN_SIZES),
+    "llm_config": Left(_OWN_SIZES, told=True),
 }
 PROJECTOR_TABLE: Table = {
     key: Left("a projector fits itself to its neighbours")
@@ -223,7 +256,7 @@ EXPERT_TABLE: Table = {
             "hidden_size": "action_model.hidden_size",
         },
         {
-            key: "as in the backbone, whose attention it joins"
+            key: Left("as in the backbone, whose attention it joins", told=True)
             for key in ("num_hidden_layers", "num_key_value_heads", "head_dim")
         },
     ),
@@ -273,13 +306,35 @@ MODEL_TABLE: Table = {
 }
 
 # %% ../../../nbs/models/frameworks/05_fluxvla.ipynb #ac09a58f
-COMPONENTS: dict[str, Table] = {
-    "vlm_backbone": VLM_TABLE,
-    "vision_backbone": VISION_TABLE,
-    "llm_backbone": LLM_TABLE,
-    "projector": PROJECTOR_TABLE,
-    "llm_expert": EXPERT_TABLE,
+COMPONENTS: dict[str, tuple[Registry, Table]] = {
+    "vlm_backbone": (BACKBONES, VLM_TABLE),
+    "vision_backbone": (VISION_BACKBONES, VISION_TABLE),
+    "llm_backbone": (LLM_BACKBONES, LLM_TABLE),
+    "projector": (PROJECTORS, PROJECTOR_TABLE),
+    "llm_expert": (LLM_BACKBONES, EXPERT_TABLE),
 }
+TYPES = {  # FluxVLA's classes that differ from a part of ours in speed or in name alone
+    "EagleInferenceBackbone": "Eagle",
+    "QWen2_5VL": "QwenVL",
+    "Qwen3VL": "QwenVL",
+    "ConditionGemmaModel": "Gemma",
+}
+
+
+def type_of(
+    part: str,  # named in messages: "vlm_backbone"
+    given: Mapping[str, Any],
+    registry: Registry,
+) -> str:
+    """Our name of a part's `type`. Raises `RegistryError` for a part that has none or an unknown one."""
+    if "type" not in given:
+        raise RegistryError(f"{part} has no 'type'{suggest('', registry.names())}")
+    try:
+        return registry.canonical(TYPES.get(given["type"], given["type"]))
+    except RegistryError as error:
+        raise RegistryError(f"{part}.type: {error}") from None
+
+
 HEAD_TABLES: dict[str, Table] = {
     "FlowMatching": FLOW_TABLE,
     "FlowMatchingInference": FLOW_TABLE,
@@ -373,16 +428,15 @@ def translate_mapping(
     return found
 
 # %% ../../../nbs/models/frameworks/05_fluxvla.ipynb #93448f31
-def translate(model: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Our `framework` section for a `model` of FluxVLA, and a remark for each key that has no place in it.
+def translate(model: Mapping[str, Any]) -> tuple[dict[str, Any], Translation]:
+    """Our `framework` section for a `model` of FluxVLA, and the translation with its remarks.
 
-    Raises `RegistryError` for an unknown type or key, and for parts that are missing or cannot be mixed.
+    Raises `RegistryError` for an unknown type or key, for a value that makes another network than ours, and for
+    parts that are missing or cannot be mixed.
     """
-    if "type" not in model:
-        raise RegistryError(f"model has no 'type'{suggest('', FRAMEWORKS.names())}")
-    name, expert = FRAMEWORKS.canonical(model["type"]), model.get("llm_expert")
+    name, expert = type_of("model", model, FRAMEWORKS), model.get("llm_expert")
     head = model.get("vla_head")
-    kind = HEADS.canonical(head["type"]) if head else None
+    kind = type_of("vla_head", head, HEADS) if head else None
     if kind is not None and kind not in HEAD_TABLES:
         raise RegistryError(f"vla_head: FluxVLA has no {kind!r}{suggest(kind, HEAD_TABLES)}")
     if (head is None) == (name not in _EXPERTS):
@@ -400,7 +454,9 @@ def translate(model: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     }
     found.read("model", rest, MODEL_TABLE)
     for part, given in parts.items():
-        found.read(part, given, HEAD_TABLES[kind] if part == "vla_head" else COMPONENTS[part])
+        registry, table = (HEADS, HEAD_TABLES[kind]) if part == "vla_head" else COMPONENTS[part]
+        type_of(part, given, registry)
+        found.read(part, given, table)
         if part in ("vision_backbone", "llm_backbone", "projector"):
             found.values[f"vlm.{part}.type"] = given["type"]
     if expert is None and name in _EXPERTS:
@@ -410,15 +466,17 @@ def translate(model: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         found.values["name_mapping"] = translate_mapping(mapping, model)
     section = found.nested()
     section.setdefault("vlm", {})
-    return section, found.remarks
+    return section, found
 
 # %% ../../../nbs/models/frameworks/05_fluxvla.ipynb #d26eede2
 def from_fluxvla(
     model: Mapping[str, Any],  # FluxVLA's `model`
     inference_model: Mapping[str, Any] | None = None,  # its `inference_model`; None: as `model`
 ) -> dict[str, Any]:  # our `framework` section
-    """Our section for a configuration of FluxVLA. Raises `RegistryError` as `translate`."""
-    section, _ = translate(model)
+    """Our section for a configuration of FluxVLA; prints what may differ. Raises `RegistryError` as `translate`."""
+    section, found = translate(model)
+    for remark in found.told:
+        print(remark)
     if inference_model is None:
         return section
     other, _ = translate(inference_model)
@@ -433,4 +491,4 @@ def from_fluxvla(
 
 def remarks(model: Mapping[str, Any]) -> list[str]:
     """What of a configuration has no place in our section, and why."""
-    return translate(model)[1]
+    return translate(model)[1].remarks

@@ -50,6 +50,10 @@ class GR00T(Framework):
         super().__init__(vlm, action_model)
         self.eyes = None
         if vision_backbone is not None:
+            if not isinstance(vision_backbone, Mapping) or "type" not in vision_backbone:
+                raise ValueError(
+                    f"framework.vision_backbone is a section such as {{type: DINOv2, path: …}}, got {vision_backbone!r}"
+                )
             self.eyes_type = vision_backbone["type"]
             kept = vision_backbone.get("settings")
             found = VISION_BACKBONES.get(self.eyes_type)
@@ -63,6 +67,11 @@ class GR00T(Framework):
         if getattr(self, "eyes", None) is not None:
             self.prepare.more = {"pixels": CameraPixels(self.eyes.pixels)}
 
+    def part(self, name: str) -> list[nn.Parameter]:
+        """As `Framework.part`; the eyes belong to the vision_backbone."""
+        own = list(self.eyes.parameters()) if name == "vision_backbone" and self.eyes is not None else []
+        return super().part(name) + own
+
     def stored(self) -> dict[str, Any]:
         """The eyes as plain data, so that a checkpoint needs no folder of theirs."""
         if self.eyes is None:
@@ -70,7 +79,7 @@ class GR00T(Framework):
         return {"vision_backbone": {"type": self.eyes_type, "settings": self.eyes.settings()}}
 
     def features(self, batch: dict[str, Any]) -> Features:
-        """The last hidden states of the prompt, and System 1's own patches behind them, with their mask."""
+        """The last hidden states of the prompt, with System 1's own patches in front of them, and the mask of both."""
         features = self.vlm(batch["inputs"])
         if self.eyes is None:
             return features
@@ -80,10 +89,15 @@ class GR00T(Framework):
         return replace(
             features,
             hidden=torch.cat(
-                [features.hidden, patches.unflatten(0, (samples, cameras)).flatten(1, 2)], dim=1
+                [patches.unflatten(0, (samples, cameras)).flatten(1, 2), features.hidden], dim=1
             ),
-            mask=torch.cat([features.mask, seen.repeat_interleave(patches.shape[1], dim=1)], dim=1),
+            mask=torch.cat([seen.repeat_interleave(patches.shape[1], dim=1), features.mask], dim=1),
         )
+
+    def prompt_attention(self, batch: dict[str, Any], generator: torch.Generator | None) -> Tensor:
+        """Attention of the actions over the prompt's tokens, [B, L]; what the patches of the eyes got is left out."""
+        weights = super().prompt_attention(batch, generator)
+        return weights[:, -batch["inputs"]["input_ids"].shape[1] :]
 
 # %% ../../../nbs/models/frameworks/40_gr00t.ipynb #ac266684
 def main(argv: Sequence[str] | None = None) -> None:

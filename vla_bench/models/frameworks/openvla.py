@@ -21,6 +21,7 @@ class OpenVLA(FAST):
 
     default_head = "Bins"
     prompt = "In: What action should the robot take to {lang}?\nOut:"
+    tidy = staticmethod(str.lower)  # as it was trained
 
 # %% ../../../nbs/models/frameworks/50_openvla.ipynb #ea45396c
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,8 +10,10 @@ __all__ = ['PI05', 'main']
 # %% ../../../nbs/models/frameworks/80_pi05.ipynb #ce668ec5
 from collections.abc import Sequence
 
+from ..backbones.vlm import VLM
 from .framework import describe
 from .pi0 import PI0
+from ..heads.head import ActionHead
 from ...registry import FRAMEWORKS
 
 # %% ../../../nbs/models/frameworks/80_pi05.ipynb #9add62a3
@@ -22,6 +24,11 @@ class PI05(PI0):
     adaptive_norm = True
     head_defaults = {"adaptive_norm": True}
     prompt = "Task: {lang}, State: {state};\nAction: "
+
+    def __init__(self, vlm: VLM, action_model: ActionHead):
+        super().__init__(vlm, action_model)
+        if hasattr(vlm.prepare, "newline"):
+            vlm.prepare.newline = False  # this question ends where the answer begins
 
 # %% ../../../nbs/models/frameworks/80_pi05.ipynb #491231b4
 def main(argv: Sequence[str] | None = None) -> None:

@@ -30,10 +30,9 @@ STATE_BINS = 256
 
 def state_bins(
     state: np.ndarray,  # [S], normalised to [-1, 1]
-) -> np.ndarray:  # int [S], 0 … 255
-    """The bin of each number (π0.5, arXiv 2504.16054; openpi's prompt). Beyond the range counts as the outermost bin."""
-    edges = np.linspace(-1, 1, STATE_BINS + 1)[:-1]
-    return (np.digitize(state, edges) - 1).clip(0, STATE_BINS - 1)
+) -> np.ndarray:  # int [S], -1 … 255
+    """The bin of each number, as openpi's prompt has it: -1 below the range (π0.5, arXiv 2504.16054)."""
+    return np.digitize(state, np.linspace(-1, 1, STATE_BINS + 1)[:-1]) - 1
 
 
 def check_prompt(
@@ -81,6 +80,7 @@ class Prepare:
     model_state_dim: int = 0
     embodiments: Sequence[str] = ()  # datasets that have encoders of their own
     codec: ActionCodec | None = None  # of heads that speak in tokens
+    tidy: Callable[[str], str] = str  # what the checkpoint's authors did to every instruction
     more: Mapping[str, Callable[[list[list[Image.Image]]], Any]] = field(default_factory=dict)  # of pictures
 
     def __post_init__(self):
@@ -99,6 +99,7 @@ class Prepare:
             check_sample(example, training=training)
             cameras = cameras or len(example["image"])
             self._check(example, cameras)
+        examples = [e | {"lang": self.tidy(e["lang"])} for e in examples]
         pictures = [e["image"] for e in examples]
         words = [render_prompt(self.prompt, e["lang"], e.get("state")) for e in examples]
         batch: dict[str, Any] = {"inputs": dict(self.vlm(pictures, words))}
@@ -117,12 +118,12 @@ class Prepare:
             width = max(self.state_dim, self.model_state_dim)
             numbers["state"] = torch.from_numpy(padded(np.stack([e["state"] for e in examples]), width))
         if training:
-            actions = np.stack([e["action"] for e in examples])
+            width = max(self.action_dim, self.model_action_dim)
+            actions = padded(np.stack([e["action"] for e in examples]), width)
             is_pad = np.stack([e["action_is_pad"] for e in examples])
             if self.codec is not None:
                 numbers["codes"] = as_rows(self.codec.encode(actions, is_pad))
-            width = max(self.action_dim, self.model_action_dim)
-            numbers["actions"] = torch.from_numpy(padded(actions, width))
+            numbers["actions"] = torch.from_numpy(actions)
             numbers["action_is_pad"] = torch.from_numpy(is_pad)
         return numbers
 
@@ -137,6 +138,11 @@ class Prepare:
 
     def _check(self, example: Sample, cameras: int) -> None:
         where, pictures = example["origin"], len(example["image"])
+        if control := self.vlm.control_words.search(example["lang"]):
+            raise ValueError(
+                f"{where}: the instruction {example['lang']!r} holds {control[0]!r}, which the backbone's tokenizer reads "
+                f"as a control token; write it in other words"
+            )
         if pictures != cameras:
             raise ValueError(
                 f"{where}: {pictures} picture{'s' * (pictures != 1)}, the first sample of the batch has {cameras}; "
