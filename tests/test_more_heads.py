@@ -282,6 +282,11 @@ def test_ddpm_takes_the_posterior_of_every_step():
             x = x + np.sqrt(variance) * torch.randn(B, T, D, generator=draws).double().numpy()
     sampled = head.sample(features, state, noise=noise, generator=torch.Generator().manual_seed(11))
     np.testing.assert_allclose(sampled.detach(), x, atol=1e-5)
+    draws = torch.Generator().manual_seed(11)
+    every = torch.stack([noise, *(torch.randn(B, T, D, generator=draws) for _ in range(19))], dim=1)
+    np.testing.assert_allclose(head.sample(features, state, noise=every).detach(), x, atol=1e-5)
+    with pytest.raises(ValueError, match="noise"):
+        head.sample(features, state, noise=every[:, 1:])
 
 
 @pytest.mark.parametrize("trained_dims", [D, 2])

@@ -8,6 +8,7 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/diffusion.html.md"""
 __all__ = ['SAMPLERS', 'squared_cosine', 'step_back', 'inference_steps', 'Denoiser', 'check_range', 'DiffusionHead']
 
 # %% ../../../nbs/models/heads/70_diffusion.ipynb #c1531108
+import itertools
 import math
 
 import torch
@@ -163,8 +164,7 @@ class DiffusionHead(ActionHead):
         is_pad: Tensor,
         state: Tensor | None = None,
         *,
-        noise: Tensor
-        | None = None,  # [R·B, T, D] with R = repeated_diffusion_steps; repeats lie behind each other
+        noise: Tensor | None = None,  # [R·B, T, D], R = repeated_diffusion_steps; repeats behind each other
         time: Tensor | None = None,  # long [R·B], the steps k, 0 … N-1
     ) -> dict[str, Tensor]:
         """`action_loss`: the squared error of the chunk (or noise) over actions that are not padding."""
@@ -202,9 +202,9 @@ class DiffusionHead(ActionHead):
         features: Features,
         state: Tensor | None = None,
         *,
-        generator: torch.Generator
-        | None = None,  # for x_N unless given, then one draw per ddpm step but the last
-        noise: Tensor | None = None,  # [B, T, D], x_N
+        generator: torch.Generator | None = None,  # of what `noise` leaves open
+        noise: Tensor
+        | None = None,  # [B, T, D], x_N; or with ddpm [B, K, T, D], x_N and each step's but the last
     ) -> Tensor:
         """Normalised actions [B, T, D] after K steps from noise; 0 in dimensions that the robot does not have."""
         return self._denoise(features, state, generator, noise, maps=False)[0]
@@ -222,12 +222,16 @@ class DiffusionHead(ActionHead):
 
     def _denoise(self, features, state, generator, noise, maps) -> tuple[Tensor, Tensor]:
         shape, device = (len(features.hidden), self.horizon, self.action_dim), features.hidden.device
-        x = draw_noise(shape, generator, device) if noise is None else checked("noise", noise, shape).float()
+        stochastic, every = self.sampler == "ddpm", (shape[0], self.steps, *shape[1:])
+        if noise is not None:
+            noise = checked("noise", noise, every if stochastic and noise.ndim == 4 else shape).float()
+        given = [] if noise is None else list(noise.unbind(1)) if noise.ndim == 4 else [noise]
+        draws = itertools.chain(given, (draw_noise(shape, generator, device) for _ in itertools.count()))
+        x = next(draws)
         steps, collected = inference_steps(self.train_steps, self.steps), []
         for k, before in zip(steps, [*steps[1:], None]):
             said, weights = self.network(x, torch.full(shape[:1], k, device=device), features, state, maps)
-            stochastic = self.sampler == "ddpm" and before is not None
-            fresh = draw_noise(shape, generator, device) if stochastic else None
+            fresh = next(draws) if stochastic and before is not None else None
             then = 1.0 if before is None else self.schedule[before]
             x = step_back(x, self._clean(x, said, self.schedule[k]), self.schedule[k], then, fresh)
             collected += [w.mean((1, 2)) for w in weights]
