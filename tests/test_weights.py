@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 
+from vla_bench.data.normalize import Normalizer, load_statistics, save_statistics
 from vla_bench.models.backbones.eagle import compose_eagle
 from vla_bench.models.backbones.tiny import CORPUS, write_tiny
 from vla_bench.models.backbones.tiny_parts import write_tiny_parts
-from vla_bench.models.convert import convert, main
+from vla_bench.models.convert import PolicySettings, convert, main, policy_spec
 from vla_bench.models.frameworks.fluxvla import from_fluxvla, remarks
 from vla_bench.models.frameworks.framework import Framework, build_framework
 from vla_bench.models.layouts import LAYOUTS
@@ -224,7 +226,9 @@ def loaded(run):
 
 
 def transformers_states(model, batch):
-    """Every layer's hidden states, by transformers itself."""
+    """Every layer's hidden states, by transformers itself; of Qwen3-VL the last before its norm, as StarVLA's version."""
+    if model.config.model_type == "qwen3_vl":
+        model.model.language_model.norm = torch.nn.Identity()
     with torch.no_grad():
         states = model(**batch["inputs"], output_hidden_states=True).hidden_states
     return states[1:]
@@ -236,12 +240,11 @@ def transformers_states(model, batch):
 def test_starvla_gr00t_computes_the_same(vlms, tmp_path, kind, state, suffix):
     model, weights = hf_weights(vlms[kind])
     head = drawn(flow_shapes(32, INNER, INNER, all_cross=False))
-    action_model = FLOW | {
-        "hidden_size": INNER,
-        "diffusion_model_cfg": {"num_layers": 2, "output_dim": INNER},
-    }
+    dit = {"num_layers": 2, "output_dim": INNER}
+    dit |= {"num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS}
+    action_model = FLOW | {"hidden_size": INNER, "diffusion_model_cfg": dit}
     run = starvla_run(tmp_path / "theirs", weights, head, action_model, include_state=state, suffix=suffix)
-    ours = {"vlm": {"base_vlm": str(vlms[kind])}, "action_model": {"hidden_size": WIDTH, "num_heads": HEADS}}
+    ours = {"vlm": {"base_vlm": str(vlms[kind])}}
     report = convert(
         "starvla_gr00t", run, {"framework": ours, "policy": policy_section(state)}, tmp_path / "run"
     )
@@ -257,10 +260,15 @@ def test_starvla_gr00t_computes_the_same(vlms, tmp_path, kind, state, suffix):
 @pytest.mark.parametrize("alternating", [False, True])
 def test_starvla_pi_computes_the_same(vlms, tmp_path, monkeypatch, alternating):
     monkeypatch.setitem(globals(), "WIDTH", 32)  # as wide as the language model
-    monkeypatch.setitem(globals(), "HEADS", 1)  # one per 64
+    monkeypatch.setitem(
+        globals(), "HEADS", 2 if alternating else 1
+    )  # one per 64, unless the run says otherwise
     model, weights = hf_weights(vlms["qwen2_5_vl"])
     head = drawn(flow_shapes(32, 1024, 32, all_cross=True))
-    action_model = FLOW | ({"layerwise_attention_layout": "alternating"} if alternating else {})
+    action_model = FLOW
+    if alternating:
+        dit = {"num_attention_heads": 2, "attention_head_dim": 16}
+        action_model |= {"layerwise_attention_layout": "alternating", "diffusion_model_cfg": dit}
     run = starvla_run(tmp_path / "theirs", weights, head, action_model, include_state=True)
     config = {
         "framework": {"vlm": {"base_vlm": str(vlms["qwen2_5_vl"])}},
@@ -326,8 +334,8 @@ def test_starvla_oft_computes_the_same(vlms, tmp_path, state):
 
 
 def bins(state):
-    """π0.5's: 256 equal bins on [-1, 1]."""
-    return np.clip(np.floor((state.astype(np.float64) + 1) * 128), 0, 255).astype(int)
+    """π0.5's: 256 equal bins on [-1, 1], and -1 for whatever is below."""
+    return np.clip(np.floor((state.astype(np.float64) + 1) * 128), -1, 255).astype(int)
 
 
 def test_starvla_fast_has_the_words(vlms, tmp_path):
@@ -438,9 +446,17 @@ def test_openpi_names_are_complete_both_ways(vlms, tmp_path, layout, wrapper):
         del weights[f"{pali}.model.language_model.embed_tokens.weight"]
         weights = {f"{wrapper}{name}": t.bfloat16() for name, t in weights.items()}
         weights["normalize_inputs.buffer_observation_state.mean"] = torch.zeros(8)
-    save_file(weights, tmp_path / "model.safetensors")
-    statistics = {"norm_stats": {key: column(n) for key, n in (("actions", D), ("state", S))}}
-    (tmp_path / "norm_stats.json").write_text(json.dumps(statistics))
+    source = tmp_path / "theirs"
+    source.mkdir()
+    save_file(weights, source / "model.safetensors")
+    if wrapper:  # its normaliser lies beside the weights, once for each direction
+        features = (("action", D), ("observation.state", S))
+        flat = {f"{key}.{n}": torch.tensor(v) for key, size in features for n, v in column(size).items()}
+        save_file(flat, source / "policy_preprocessor_step_5_normalizer_processor.safetensors")
+        save_file(flat, source / "policy_postprocessor_step_0_unnormalizer_processor.safetensors")
+    else:
+        statistics = {"norm_stats": {key: column(n) for key, n in (("actions", D), ("state", S))}}
+        (source / "norm_stats.json").write_text(json.dumps(statistics))
     head = {"hidden_size": 16, "intermediate_size": 24, "num_heads": 4, "num_inference_timesteps": 2}
     ours = {
         "vlm": {"base_vlm": str(vlms["paligemma"])},
@@ -451,7 +467,7 @@ def test_openpi_names_are_complete_both_ways(vlms, tmp_path, layout, wrapper):
     if layout == "openpi_pi05":
         head["adaptive_norm"] = True
     config = {"framework": {**ours, "action_model": head}, "policy": policy_section(dataset="droid")}
-    report = convert(layout, tmp_path / "model.safetensors", config, tmp_path / "run")
+    report = convert(layout, source, config, tmp_path / "run")
     assert report.complete and len(report.ignored) == (2 if wrapper else 1)
     assert len(report.loaded) == len(weights) - len(report.ignored) + bool(
         wrapper
@@ -463,6 +479,8 @@ def test_openpi_names_are_complete_both_ways(vlms, tmp_path, layout, wrapper):
         framework.vlm.model.get_input_embeddings().weight, weights[f"{wrapper}{pali}.lm_head.weight"].float()
     )
     assert (tmp_path / "run/conversion.json").is_file()
+    kept = load_statistics(tmp_path / "run/dataset_statistics.json")["droid"]
+    assert kept["action"].q99.tolist() == [2.0] * D and kept["state"].std.tolist() == [1.5] * S
 
 
 def test_a_missing_expert_is_reported_by_name(vlms, tmp_path):
@@ -815,6 +833,111 @@ def test_unsafe_and_damaged_files(tmp_path):
     save_file({"c": torch.ones(1)}, folder / "2.safetensors")
     with pytest.raises(ValueError, match="do not hold: b"):
         read_weights(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [{}, [1], {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": {"a": "/etc/hosts"}}]
+)
+def test_an_index_that_is_none_is_refused(tmp_path, content):
+    save_file({"a": torch.ones(1)}, tmp_path / "outside.safetensors")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="model.safetensors.index.json"):
+        read_weights(folder)
+    index.write_text("{")
+    with pytest.raises(ValueError, match="model.safetensors.index.json is not JSON"):
+        read_weights(folder)
+    index.write_text(json.dumps({"weight_map": {"a": "sub/../../outside.safetensors"}}))
+    with pytest.raises(ValueError, match="expected a file in this folder"):
+        read_weights(folder)
+
+
+def test_every_damaged_pickle_is_called_damaged(tmp_path):
+    path, draw = tmp_path / "w.pt", random.Random(0)
+    torch.save({"model": {"a": torch.ones(3, 3)}}, path)
+    zipped = path.read_bytes()
+    torch.save({"a": torch.ones(3, 3)}, path, _use_new_zipfile_serialization=False)
+    for whole in (zipped, path.read_bytes()):
+        for _ in range(100):
+            path.write_bytes(whole[: draw.randrange(len(whole))])
+            with pytest.raises(ValueError, match="w.pt is damaged"):
+                read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("take", "tensor", "message"),
+    [
+        (
+            Take("w", index=31),
+            torch.ones(4, 2, 2),
+            r"\[2, 2\] here, \[4, 2, 2\] in w \(index 31 is out of bounds",
+        ),
+        (Take("w", transpose=True), torch.ones(4), r"\[2, 2\] here, \[4\] in w \(Dimension out of range"),
+        (Take("w", first_rows=True), torch.tensor(1.0), r"\[2, 2\] here, \[\] in w \("),
+        (Take("w", squeeze=True), torch.tensor(1.0), r"\[2, 2\] here, \[\] in w \("),
+        (Take("w", part=(0, 3)), torch.tensor(1.0), r"\[2, 2\] here, \[\] in w \("),
+        (Take("w", index=4), torch.ones(2, 2), r"\[2, 2\] here, \[2, 2\] in w \(index 4 is out of bounds"),
+    ],
+)
+def test_a_tensor_that_cannot_be_taken_is_reported(take, tensor, message):
+    model = nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    weights = {"w": tensor, "bias": torch.full((2,), 7.0)}
+    with pytest.raises(ValueError, match=message):
+        load_mapped(model, weights, {"weight": take})
+    report = load_mapped(model, weights, {"weight": take}, strict=False)
+    assert report.wrong_shape == ("weight",) and report.loaded == ("bias",)
+    assert torch.equal(model.weight, before) and model.bias[0] == 7
+
+
+def test_a_rare_event_survives_statistics_without_extremes(tmp_path):
+    rare = np.zeros(1000)
+    rare[:5] = 1
+    q01, q99 = np.quantile(rare, [0.01, 0.99])
+    values = {"mean": rare.mean(), "std": rare.std(), "q01": q01, "q99": q99}
+    path = tmp_path / "norm_stats.json"
+    path.write_text(json.dumps({"norm_stats": {"actions": {key: [value] for key, value in values.items()}}}))
+    settings = {"action": {"names": ["a"]}, "cameras": ["front"], "image_size": [32, 32], "control_rate": 10}
+    spec, content = policy_spec(PolicySettings(**settings, normalization={"action": "mean_std"}), 4, path)
+    save_statistics(tmp_path / "saved.json", content)
+    normalizer = Normalizer(load_statistics(tmp_path / "saved.json")["openpi"]["action"], "mean_std")
+    assert normalizer.unnormalize(normalizer.normalize(np.array([1.0]))) == pytest.approx(1)
+    for mode in ("min_max", "binary"):
+        with pytest.raises(
+            ValueError, match=f"norm_stats.json: openpi.action: .* no extremes, which {mode} needs"
+        ):
+            policy_spec(PolicySettings(**settings, normalization={"action": mode}), 4, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "framework is missing"),
+        ("[1]", "config.yaml holds a list"),
+        ("a: [1", "config.yaml cannot be read as YAML"),
+        ("framework: {qwenvl: {base_vlm: x}}", "framework.action_model is missing"),
+        ("framework: {qwenvl: {base_vlm: x}, action_model: {}}", "framework.action_model says no length"),
+        (
+            "framework: {qwenvl: {base_vlm: x}, action_model: {action_horizon: 4}}\ndatasets: null",
+            "is damaged",
+        ),
+    ],
+)
+def test_a_broken_starvla_configuration_is_one_line(vlms, tmp_path, capsys, text, message):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/steps_1_pytorch_model.pt").touch()
+    (tmp_path / "config.yaml").write_text(text)
+    ours = {"framework": {"vlm": {"base_vlm": str(vlms["qwen2_5_vl"])}}, "policy": policy_section(False)}
+    ours["framework"]["action_model"] = {"hidden_size": WIDTH, "num_heads": HEADS, "num_layers": 1}
+    OmegaConf.save(OmegaConf.create(ours), tmp_path / "ours.yaml")
+    words = ["--layout", "starvla_gr00t", str(tmp_path), "--config", str(tmp_path / "ours.yaml")]
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--out", str(tmp_path / "run")])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and error.startswith("error: ") and message in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_program_lists_and_refuses(capsys):

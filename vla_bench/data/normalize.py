@@ -24,8 +24,8 @@ from ..registry import suggest
 class Statistics:
     """Per-dimension statistics of a column, each float64 [D]."""
 
-    min: np.ndarray
-    max: np.ndarray
+    min: np.ndarray | None  # None, like `max`, for a file of others that holds no extremes
+    max: np.ndarray | None
     mean: np.ndarray
     std: np.ndarray  # population standard deviation
     q01: np.ndarray  # true 1 % quantile, linearly interpolated
@@ -42,12 +42,37 @@ class Statistics:
 
     @classmethod
     def from_dict(cls, content: Mapping) -> "Statistics":
-        """The inverse of `to_dict`. Raises `ValueError` for missing fields."""
-        names = [f.name for f in fields(cls)]
-        if missing := [n for n in names if n not in content]:
+        """The inverse of `to_dict`. Raises `ValueError` naming fields that are missing or cannot be."""
+        content = {name: value for name, value in content.items() if value is not None}
+        extremes = {"min", "max"} if content.keys() & {"min", "max"} else set()
+        needed = [f.name for f in fields(cls) if f.name not in {"min", "max"} - extremes]
+        if missing := [n for n in needed if n not in content]:
             raise ValueError(f"statistics lack {', '.join(missing)}")
-        arrays = {n: np.asarray(content[n], np.float64) for n in names if n != "count"}
-        return cls(**arrays, count=int(content["count"]))
+        if not isinstance(content["count"], int):
+            raise ValueError(f"count is {content['count']!r}, expected a whole number")
+        arrays = {n: _numbers(n, content[n]) for n in needed if n != "count"}
+        _check_order(arrays)
+        return cls(**{"min": None, "max": None, **arrays}, count=content["count"])
+
+
+def _numbers(name: str, values: object) -> np.ndarray:
+    try:
+        array = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        array = np.array(np.nan)
+    if array.ndim != 1 or not np.isfinite(array).all():
+        raise ValueError(f"{name} must be a list of finite numbers, got {str(values)[:80]}")
+    return array
+
+
+def _check_order(arrays: Mapping[str, np.ndarray]) -> None:
+    if len({len(array) for array in arrays.values()}) > 1:
+        raise ValueError(f"lengths differ: {', '.join(f'{n} {len(a)}' for n, a in arrays.items())}")
+    if (arrays["std"] < 0).any():
+        raise ValueError(f"std[{int((arrays['std'] < 0).argmax())}] is negative")
+    for low, high in (("min", "max"), ("q01", "q99")):
+        if low in arrays and (wrong := arrays[low] > arrays[high]).any():
+            raise ValueError(f"{low}[{wrong.argmax()}] is greater than {high}[{wrong.argmax()}]")
 
 # %% ../../nbs/data/20_normalize.ipynb #6fa1256f
 def compute_statistics(
@@ -85,6 +110,10 @@ class Normalizer:
         for name in modes:
             if name not in MODES:
                 raise ValueError(f"unknown normalisation mode {name!r}{suggest(name, MODES)}")
+            if name in ("min_max", "binary") and statistics.min is None:
+                raise ValueError(
+                    f"these statistics hold no extremes, which {name} needs; use mean_std or q99"
+                )
         self.statistics, self.modes = statistics, tuple(modes)
         lines = [_line(name, statistics, d) for d, name in enumerate(modes)]
         self.offset, scale = (np.array(column, np.float64) for column in zip(*lines))
@@ -124,7 +153,8 @@ def _line(mode: str, s: Statistics, d: int) -> tuple[float, float]:
     if mode == "identity":
         return 0.0, 1.0
     if mode == "mean_std":
-        constant = s.min[d] == s.max[d]  # the computed deviation of a constant may be a rounding error
+        # where there are extremes: the computed deviation of a constant may be a rounding error
+        constant = s.min is not None and s.min[d] == s.max[d]
         return (s.min[d], 0.0) if constant else (s.mean[d], s.std[d])
     low, high = (s.q01[d], s.q99[d]) if mode == "q99" else (s.min[d], s.max[d])
     return (high + low) / 2, (high - low) / 2

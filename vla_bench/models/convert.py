@@ -24,9 +24,10 @@ from omegaconf import OmegaConf
 from ..config import Config, ConfigError, cli_errors, load_config, suggest
 from ..data.layout import Layout, PolicySpec, spec_to_dict
 from ..data.normalize import Normalizer, Statistics, save_statistics, statistics_hash
+from .backbones.processor import model_type
 from .frameworks.framework import Framework, build_framework
 from .layouts import LAYOUTS, STATE, WeightLayout, last, list_layouts, resolve, unwrapped
-from .weights import LoadReport, fetch, load_mapped, read_weights
+from .weights import LoadReport, fetch, load_mapped, read_json, read_weights
 from ..registry import FRAMEWORKS, check_arguments
 
 # %% ../../nbs/models/90_convert.ipynb #9f2f308b
@@ -36,7 +37,7 @@ class Source:
 
     weights: Path
     config: dict[str, Any]  # of StarVLA, or empty
-    statistics: Path | None  # dataset_statistics.json, or a file with norm_stats
+    statistics: Path | None  # dataset_statistics.json, a file with norm_stats, or LeRobot's normaliser
 
 
 def find_source_files(source: str | Path, layout: WeightLayout) -> Source:
@@ -45,18 +46,27 @@ def find_source_files(source: str | Path, layout: WeightLayout) -> Source:
     path = fetch(source, patterns)
     if layout.settings is None:
         folder = path if path.is_dir() else path.parent
-        with_statistics = [
-            folder / name for name in ("dataset_statistics.json", "norm_stats.json", "config.json")
-        ]
+        names = ("dataset_statistics.json", "norm_stats.json", "config.json")
+        with_statistics = [folder / name for name in names]
+        with_statistics += sorted(folder.glob("policy_preprocessor*_normalizer_processor.safetensors"))
         return Source(path, {}, next(filter(_holds_statistics, with_statistics), None))
     run = next((p for p in (path, *path.parents[:3]) if (p / "config.yaml").is_file()), None)
     if run is None:
         raise FileNotFoundError(f"{path} is in no run of StarVLA: no config.yaml there or above")
-    config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=True)
-    statistics = run / "dataset_statistics.json"
+    config, statistics = _read_config(run / "config.yaml"), run / "dataset_statistics.json"
     return Source(
         path if path.is_file() else _newest(run), config, statistics if statistics.is_file() else None
     )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds a {type(config).__name__}, expected a mapping of keys to values")
+    return config
 
 
 def _newest(run: Path) -> Path:
@@ -77,19 +87,22 @@ def _newest(run: Path) -> Path:
 def _holds_statistics(path: Path) -> bool:
     if not path.is_file():
         return False
-    return path.name != "config.json" or "norm_stats" in json.loads(path.read_text(encoding="utf-8"))
+    return path.name != "config.json" or "norm_stats" in read_json(path)
 
 # %% ../../nbs/models/90_convert.ipynb #dc29dfb5
 def read_statistics(
     path: str | Path,
     dataset: str | None,  # which one; None when the file holds one
 ) -> tuple[str, dict[str, Any], dict[str, list[bool]]]:  # name, entry, which dimensions are normalised
-    """Statistics of ours, StarVLA, OpenVLA or openpi. Raises `FileNotFoundError` or `ValueError` naming the file."""
+    """Statistics of ours, StarVLA, OpenVLA, openpi or LeRobot. Raises `FileNotFoundError` or `ValueError` naming the file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no statistics at {path}; name them in policy.statistics")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content = content.get("norm_stats", content)
+    if path.suffix == ".safetensors":
+        content = {dataset or "lerobot": _lerobot(path)}
+    else:
+        content = read_json(path)
+        content = _object(content.get("norm_stats", content), f"{path}: norm_stats")
     if "actions" in content:
         content = {dataset or "openpi": {"action": content["actions"], "state": content.get("state")}}
     name = dataset or (next(iter(content)) if len(content) == 1 else None)
@@ -97,26 +110,57 @@ def read_statistics(
         raise ValueError(
             f"{path} holds {len(content)} datasets; set policy.dataset{suggest(name or '', content)}"
         )
-    entry = content[name]
+    where = f"{path}: {name}"
+    entry = _object(content[name], where)
+    counts = {key: _count(entry, key, where) for key in ("num_transitions", "num_trajectories")}
     fields = {"action": entry.get("action"), "state": entry.get("state", entry.get("proprio"))}
-    count = int(entry.get("num_transitions") or 0)
+    given = {key: _object(value, f"{where}.{key}") for key, value in fields.items() if value is not None}
     found = {
-        key: None if value is None else _statistics(value, count, f"{path}: {name}.{key}")
-        for key, value in fields.items()
+        key: _statistics(value, counts["num_transitions"], f"{where}.{key}") for key, value in given.items()
     }
-    masks = {key: value["mask"] for key, value in fields.items() if value and "mask" in value}
-    return (
-        name,
-        {**found, "num_transitions": count, "num_trajectories": int(entry.get("num_trajectories") or 0)},
-        masks,
-    )
+    masks = {
+        key: _mask(value["mask"], len(found[key].mean), f"{where}.{key}")
+        for key, value in given.items()
+        if value.get("mask") is not None
+    }
+    return name, {"action": None, "state": None, **found, **counts}, masks
+
+
+def _lerobot(path: Path) -> dict[str, dict[str, list[float]]]:
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, tensor in read_weights(path).items():
+        feature, _, statistic = name.rpartition(".")
+        if feature in ("action", "observation.state") and statistic != "count":  # which is a list there
+            found.setdefault(feature.removeprefix("observation."), {})[statistic] = tensor.tolist()
+    return found
+
+
+def _object(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} is {str(value)[:80]}, expected an object")
+    return value
+
+
+def _count(entry: Mapping[str, Any], key: str, where: str) -> int:
+    try:
+        return int(entry.get(key) or 0)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}.{key} is {entry[key]!r}, expected a whole number") from error
 
 
 def _statistics(content: Mapping[str, Any], count: int, where: str) -> Statistics:
-    if missing := [key for key in ("mean", "std", "q01", "q99") if content.get(key) is None]:
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
-    extremes = {"min": content.get("min", content["q01"]), "max": content.get("max", content["q99"])}
-    return Statistics.from_dict({"count": count, **content, **extremes})
+    try:
+        return Statistics.from_dict({"count": count, **content})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _mask(mask: Any, dim: int, where: str) -> list[bool]:
+    if not isinstance(mask, list) or len(mask) != dim or not all(value in (True, False) for value in mask):
+        raise ValueError(
+            f"{where}: mask is {str(mask)[:80]}, expected true or false for each of {dim} dimensions"
+        )
+    return [bool(value) for value in mask]
 
 # %% ../../nbs/models/90_convert.ipynb #36850e39
 @dataclass
@@ -187,8 +231,10 @@ def policy_spec(
                 f"{path}: {name}.{key} has {len(entry[key].mean)} dimensions, policy.{key} names {layout.dim}"
             )
         modes[key] = dimension_modes(settings.normalization[key], masks.get(key))
-        Normalizer(entry[key], modes[key])
-        _refuse_extremes(path, name, key, modes[key])
+        try:
+            Normalizer(entry[key], modes[key])
+        except ValueError as error:
+            raise ValueError(f"{path}: {name}.{key}: {error}") from error
     content = {name: entry if layouts["state"] else {**entry, "state": None}}
     spec = PolicySpec(
         **layouts,
@@ -202,15 +248,6 @@ def policy_spec(
         benchmark=settings.benchmark,
     )
     return spec, content
-
-
-def _refuse_extremes(path: str | Path, name: str, key: str, modes: str | Sequence[str]) -> None:
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
-    openpi = "actions" in content.get("norm_stats", content)
-    if openpi and "min_max" in ([modes] if isinstance(modes, str) else modes):
-        raise ValueError(
-            f"{path} holds no extremes, so {name}.{key} cannot be min_max: openpi uses mean_std or q99"
-        )
 
 # %% ../../nbs/models/90_convert.ipynb #53351b0f
 def convert(
@@ -248,14 +285,20 @@ def framework_section(
     theirs: Mapping[str, Any],  # StarVLA's configuration, or empty
     cfg: Config,
 ) -> dict[str, Any]:
-    """What their configuration says, overridden by ours. Raises `ConfigError` for another framework."""
+    """What their configuration says, overridden by ours. Raises `ConfigError` for what is missing or cannot be ours."""
     ours = cfg.section("framework").to_dict()
     name = FRAMEWORKS.canonical(ours.get("name", layout.framework))
     if name != layout.framework:
         raise ConfigError(f"this layout is of {layout.framework}, framework.name is {name!r}: leave it out")
-    base = layout.settings(theirs) if layout.settings else {}
+    try:
+        base = layout.settings(theirs) if layout.settings else {}
+    except ValueError as error:
+        raise ConfigError(f"StarVLA's config.yaml: {error}") from error
     parts = map(OmegaConf.create, (dict(layout.section), base, ours))
     merged = OmegaConf.to_container(OmegaConf.merge(*parts))
+    vlm = merged.get("vlm") or {}
+    if layout.residual and "base_vlm" in vlm and model_type(vlm["base_vlm"]) in layout.residual:
+        vlm.setdefault("hidden_states", "residual")
     return {**merged, "name": name}
 
 

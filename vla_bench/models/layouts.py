@@ -8,8 +8,8 @@ Docs: https://vla-bench.github.io/vla_bench/models/layouts.html.md"""
 __all__ = ['Names', 'OPENPI', 'OPENPI_IGNORE', 'DIT', 'FLOW_HEAD', 'RESIDUAL_HEAD', 'STARVLA_VLM', 'DIT_SIZES', 'STATE',
            'FAST_WORDS', 'OPENVLA', 'OPENVLA_IGNORE', 'OPENVLA_SECTION', 'NEW_EMBODIMENT', 'GR00T_HEAD_SIZES',
            'GR00T_SECTION', 'GR00T_NAMES', 'LAYOUTS', 'WeightLayout', 'resolve', 'last', 'unwrapped', 'under',
-           'starvla_section', 'includes_state', 'starvla_gr00t', 'alternates', 'starvla_pi', 'unread_state',
-           'unread_by_pi', 'starvla_oft', 'starvla_fast', 'gr00t_head', 'list_layouts']
+           'part_of', 'given_numbers', 'starvla_section', 'includes_state', 'starvla_gr00t', 'alternates', 'starvla_pi',
+           'unread_state', 'unread_by_pi', 'starvla_oft', 'starvla_fast', 'gr00t_head', 'list_layouts']
 
 # %% ../../nbs/models/80_layouts.ipynb #98e2b577
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from .backbones.eagle import public_names
 from .frameworks.oft import query_prompt
+from .heads.flow_matching import TIME_BUCKETS
 from .weights import Take, match_prefix
+from ..registry import suggest
 
 # %% ../../nbs/models/80_layouts.ipynb #c9940286
 # {ours: theirs}; of several spellings, the first that is there
@@ -34,15 +36,14 @@ class WeightLayout:
     about: str  # whose checkpoints, for `--list`
     framework: str  # the name of ours
     names: Names
-    ignore: Mapping[str, str] = field(
-        default_factory=dict
-    )  # their prefixes that we leave out, and why; see `last`
+    # their prefixes that we leave out, and why; see `last`
+    ignore: Mapping[str, str] = field(default_factory=dict)
     wrapper: str = ""  # a prefix that some writers put before every name
     section: Mapping[str, Any] = field(default_factory=dict)  # what is always so, of our framework section
-    settings: Callable[[Mapping[str, Any]], dict[str, Any]] | None = (
-        None  # StarVLA's config to our framework section
-    )
+    # StarVLA's configuration to our framework section
+    settings: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     unread: Callable[[Mapping[str, Any]], dict[str, str]] | None = None  # more to ignore, by StarVLA's config
+    residual: tuple[str, ...] = ()  # backbones whose head was trained on the residual stream, see QwenVL
 
 
 def resolve(
@@ -168,20 +169,57 @@ STARVLA_VLM: Names = {
 }
 
 # %% ../../nbs/models/80_layouts.ipynb #0f7d6633
+_HEAD, _DIT = "framework.action_model", "framework.action_model.diffusion_model_cfg"
+
+
+def part_of(
+    config: Mapping[str, Any],  # StarVLA's config.yaml
+    key: str,  # dotted
+    *,
+    optional: bool = False,  # an absent section is an empty one
+) -> dict[str, Any]:  # without what is null
+    """A section of the configuration. Raises `ValueError` naming what is missing or is no section."""
+    section, names = config, []
+    for name in key.split("."):
+        names.append(name)
+        section = section.get(name)
+        if section is None and optional:
+            return {}
+        if not isinstance(section, Mapping):
+            found = "missing" if section is None else repr(section)
+            raise ValueError(f"{'.'.join(names)} is {found}, expected a mapping of keys to values")
+    return {key: value for key, value in section.items() if value is not None}
+
+
+def given_numbers(
+    where: str,  # for the message
+    **values: Any,  # None where the configuration says nothing
+) -> dict[str, Any]:
+    """Those that are given. Raises `ValueError` for one that is no number."""
+    for name, value in values.items():
+        if not isinstance(value, int | float | None):
+            raise ValueError(f"{where}: {name} is {value!r}, expected a number")
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def starvla_section(
     config: Mapping[str, Any],  # StarVLA's config.yaml
     lang: str = "{lang}",
 ) -> dict[str, Any]:
-    """What every StarVLA framework says: base model, chunk length, the sentence around the instruction."""
-    section = config["framework"]
-    head = section["action_model"]
-    horizon = head.get("action_horizon") or head["future_action_window_size"] + 1
-    found = {
-        "vlm": {"base_vlm": section["qwenvl"]["base_vlm"]},
-        "action_horizon": horizon,
-        "action_model": {},
-    }
-    sentence = config.get("datasets", {}).get("vla_data", {}).get("CoT_prompt") or "{instruction}"
+    """What every StarVLA framework says: base model, chunk length, the sentence around the instruction.
+
+    Raises `ValueError` naming what is missing.
+    """
+    base = part_of(config, "framework.qwenvl").get("base_vlm")
+    if not isinstance(base, str):
+        raise ValueError(f"framework.qwenvl.base_vlm is {base!r}, expected the name of the base model")
+    head, names = part_of(config, _HEAD), ("action_horizon", "future_action_window_size")
+    sizes = given_numbers(_HEAD, **{name: head.get(name) for name in names})
+    horizon = sizes.get("action_horizon") or sizes.get("future_action_window_size", -1) + 1
+    if horizon < 1:
+        raise ValueError(f"{_HEAD} says no length of a chunk: expected {' or '.join(names)} (one less)")
+    found = {"vlm": {"base_vlm": base}, "action_horizon": horizon, "action_model": {}}
+    sentence = part_of(config, "datasets.vla_data", optional=True).get("CoT_prompt") or "{instruction}"
     before, _, after = sentence.replace("{", "{{").replace("}", "}}").partition("{{instruction}}")
     prompt = f"{before}{lang}{after}"
     return found if prompt == "{lang}" else {**found, "prompt": prompt}
@@ -189,56 +227,87 @@ def starvla_section(
 
 def includes_state(config: Mapping[str, Any]) -> bool:
     """Whether a StarVLA model was given proprioception. Its default is no, also where a state encoder was built."""
-    return config.get("datasets", {}).get("vla_data", {}).get("include_state", False) not in (
-        False,
-        "False",
-        None,
-    )
+    said = part_of(config, "datasets.vla_data", optional=True).get("include_state")
+    return said not in (False, "False", None)
 
 # %% ../../nbs/models/80_layouts.ipynb #a3034921
-DIT_SIZES = {  # StarVLA's action_model_type: width and heads of the transformer
-    "DiT-B": {"hidden_size": 768, "num_heads": 12},
-    "DiT-L": {"hidden_size": 1536, "num_heads": 32},
+DIT_SIZES = {  # StarVLA's action_model_type
+    "DiT-B": {"num_attention_heads": 12, "attention_head_dim": 64},
+    "DiT-L": {"num_attention_heads": 32, "attention_head_dim": 48},
 }
+
+
+def _refuse_other(where: str, section: Mapping[str, Any], **only: Any) -> None:
+    """Raises `ValueError` for what changes the actions, shows in no tensor, and is no choice of our head."""
+    for name, value in only.items():
+        if section.get(name, value) != value:
+            raise ValueError(f"{where}.{name} is {section[name]!r}; our head is only built with {value!r}")
 
 
 def _flow_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What both flow heads say; the names on the left are ours."""
-    head = config["framework"]["action_model"]
-    cfg = head.get("diffusion_model_cfg") or {}
-    own = {"num_future_tokens": head.get("num_target_vision_tokens"), "dropout": cfg.get("dropout")}
-    own["max_positions"] = head.get("max_seq_len")
-    own |= {key: head.get(key) for key in ("num_inference_timesteps", "repeated_diffusion_steps")}
-    return {key: value for key, value in own.items() if value is not None}
+    head, dit = part_of(config, _HEAD), part_of(config, _DIT, optional=True)
+    _refuse_other(_HEAD, head, num_timestep_buckets=TIME_BUCKETS)
+    _refuse_other(_DIT, dit, activation_fn="gelu-approximate", norm_eps=1e-5)
+    return given_numbers(
+        _HEAD,
+        num_future_tokens=head.get("num_target_vision_tokens"),
+        dropout=dit.get("dropout"),
+        max_positions=head.get("max_seq_len"),
+        num_inference_timesteps=head.get("num_inference_timesteps"),
+        repeated_diffusion_steps=head.get("repeated_diffusion_steps"),
+    )
+
+
+def _attention(sizes: Mapping[str, Any]) -> dict[str, int]:
+    """Width and heads of the transformer."""
+    names = ("num_attention_heads", "attention_head_dim")
+    heads, size = given_numbers(_DIT, **{name: sizes[name] for name in names}).values()
+    return {"hidden_size": heads * size, "num_heads": heads}
 
 
 def starvla_gr00t(config: Mapping[str, Any]) -> dict[str, Any]:
-    """QwenGR00T's settings."""
-    head = config["framework"]["action_model"]
-    cfg = head.get("diffusion_model_cfg") or {}
-    own = DIT_SIZES.get(head.get("action_model_type"), {}) | _flow_settings(config)
-    own |= {
-        "mlp_size": head.get("hidden_size"),
-        "output_size": cfg.get("output_dim"),
-        "num_layers": cfg.get("num_layers"),
-    }
-    return {
-        **starvla_section(config),
-        "action_model": {key: value for key, value in own.items() if value is not None},
-    }
+    """QwenGR00T's settings. Raises `ValueError` for what is missing, or is no choice of our head."""
+    found = starvla_section(config)
+    head, dit = part_of(config, _HEAD), part_of(config, _DIT, optional=True)
+    kind = head.get("action_model_type", "DiT-B")
+    if kind not in DIT_SIZES:
+        raise ValueError(f"unknown {_HEAD}.action_model_type {kind!r}{suggest(str(kind), DIT_SIZES)}")
+    _refuse_other(_DIT, dit, interleave_self_attention=True)
+    sizes = given_numbers(
+        _HEAD,
+        mlp_size=head.get("hidden_size"),
+        output_size=dit.get("output_dim"),
+        num_layers=dit.get("num_layers"),
+    )
+    return {**found, "action_model": _attention(DIT_SIZES[kind] | dit) | _flow_settings(config) | sizes}
 
 
 def alternates(config: Mapping[str, Any]) -> bool:
     """Whether the odd blocks of a QwenPI look at the action tokens. Its default is that none does."""
-    return config["framework"]["action_model"].get("layerwise_attention_layout") == "alternating"
+    asked = part_of(config, _HEAD).get("layerwise_attention_layout", "legacy_all_cross")
+    if asked not in ("legacy_all_cross", "alternating"):
+        raise ValueError(
+            f"{_HEAD}.layerwise_attention_layout is {asked!r}, expected 'legacy_all_cross' or 'alternating'"
+        )
+    built = part_of(config, _DIT, optional=True).get("interleave_self_attention", True)
+    return bool(built) and asked == "alternating"
 
 
 def starvla_pi(config: Mapping[str, Any]) -> dict[str, Any]:
-    """QwenPI's settings: as deep and as wide as the language model, block i looks at layer i."""
+    """QwenPI's settings: as deep and as wide as the language model, block i looks at layer i.
+
+    Raises `ValueError` for what is missing, or is no choice of our head.
+    """
+    found, dit = starvla_section(config), part_of(config, _DIT, optional=True)
     own = {"mlp_size": 1024} | _flow_settings(config)
+    if "num_attention_heads" in dit:
+        own |= _attention({"attention_head_dim": 64, **dit})
+    else:
+        _refuse_other(_DIT, dit, attention_head_dim=64)
     if not alternates(config):
         own |= {"interleave_self_attention": False, "state_token": False, "num_future_tokens": 0}
-    return {**starvla_section(config), "action_model": own}
+    return {**found, "action_model": own}
 
 # %% ../../nbs/models/80_layouts.ipynb #3e9b14ef
 STATE = "action_model.state_encoder"
@@ -275,12 +344,13 @@ def starvla_oft(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def starvla_fast(config: Mapping[str, Any]) -> dict[str, Any]:
     """QwenFast's settings: the published tokenizer, its words where the base model has them."""
-    base = str(config["framework"]["qwenvl"]["base_vlm"])
+    found = starvla_section(config)
+    base = found["vlm"]["base_vlm"]
     first = next(
         (word for family, word in FAST_WORDS.items() if family in base), None
     )  # as StarVLA decides it
     own = {"tokenizer": "physical-intelligence/fast"} | ({"first_token_id": first} if first else {})
-    return {**starvla_section(config), "action_model": own}
+    return {**found, "action_model": own}
 
 # %% ../../nbs/models/80_layouts.ipynb #a6256e1c
 _EYES = "vlm.model.model.vision_backbone"
@@ -404,9 +474,10 @@ def _starvla(
     head: Mapping[str, str | Take],
     settings: Callable,
     unread: Callable = unread_state,
+    residual: tuple[str, ...] = ("qwen3_vl",),  # StarVLA runs on transformers 4.57
 ) -> WeightLayout:
     names = {**STARVLA_VLM, **under("action_model", "action_model", head)}
-    return WeightLayout(about, framework, names, settings=settings, unread=unread)
+    return WeightLayout(about, framework, names, settings=settings, unread=unread, residual=residual)
 
 
 _OPENPI = {"names": OPENPI, "ignore": OPENPI_IGNORE, "wrapper": "model"}
@@ -429,6 +500,7 @@ LAYOUTS: dict[str, WeightLayout] = {
         {},
         starvla_fast,
         unread=lambda config: {STATE: "QwenFast reads no state"},
+        residual=(),
     ),
 }
 
