@@ -19,6 +19,7 @@ from vla_bench.data.layout import Layout
 from vla_bench.data.lerobot import LeRobotDataset
 from vla_bench.data.writer import LeRobotWriter
 from vla_bench.models.backbones.tiny import write_tiny
+from vla_bench.models.backbones.tiny_parts import write_tiny_composed
 from vla_bench.serving.policy import Policy
 from vla_bench.training import imitation
 from vla_bench.training.checkpoint import latest_checkpoint, list_checkpoints
@@ -28,6 +29,8 @@ from vla_bench.training.loop import AugmentedView, make_loader, read_metrics
 HEADS = {
     "OFT": {"type": "MLP", "hidden_size": 32, "num_queries": 2},
     "GR00T": {"type": "FlowMatching", "hidden_size": 32, "num_layers": 1, "num_heads": 2},
+    "OpenVLA": {"type": "Bins", "first_token_id": 0},
+    "PI05": {"type": "ActionExpert", "hidden_size": 32, "intermediate_size": 64, "num_heads": 4},
 }
 LENGTHS = (9, 7, 8, 6, 9, 7)  # frames per episode
 ACTION = Layout(("dx", "dy", "gripper"), kind="delta", frame="world", units="m", gripper="positive_closes")
@@ -98,7 +101,7 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
 
 
-@pytest.fixture(scope="module", params=list(HEADS))
+@pytest.fixture(scope="module", params=["OFT", "GR00T"])
 def straight(request, home) -> tuple[str, Path, list]:
     """An uninterrupted run of each framework: its name, folder and losses."""
     with pytest.MonkeyPatch.context() as patch:
@@ -129,6 +132,20 @@ def test_a_resumed_run_repeats_the_losses_and_the_weights(home, straight):
     again = load_file(latest_checkpoint(run) / "model.safetensors")
     assert weights.keys() == again.keys()
     assert all(torch.equal(weights[key], again[key]) for key in weights)
+
+
+def test_a_policy_in_bfloat16_leaves_the_training_in_float32(home, straight):
+    name, _, expected = straight
+    half = f"--run_id half_{name} --framework.inference_model.vlm.dtype bfloat16"
+    run = train(config(home, half, name))
+    weights = load_file(latest_checkpoint(run) / "model.safetensors")
+    shutil.rmtree(latest_checkpoint(run))
+    train(load_config(run, "--trainer.resume true"))
+    assert losses(run) == expected
+    again = load_file(latest_checkpoint(run) / "model.safetensors")
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    served = Policy.from_pretrained(run).framework
+    assert {p.dtype for p in served.vlm.parameters()} == {torch.bfloat16}
 
 
 KILLED = """
@@ -210,6 +227,11 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(home, monkeypatch
         ("--datasets.vla_data.cameras [frnt]", "front"),
         ("--framework.action_model.hiden_size 8", "hidden_size"),
         ("--trainer.warmup_steps 6", "trainer.max_train_steps"),
+        ("--framework.vlm.dtype bfloat16", "framework.inference_model.vlm.dtype"),
+        (
+            "--trainer.learning_rate.vlm.model 1e-4 --trainer.learning_rate.vlm.base 1e-5",
+            "learning_rate.vlm is",
+        ),
     ],
 )
 def test_a_wrong_key_or_value_is_refused_before_anything_is_written(home, overrides, names):
@@ -251,6 +273,67 @@ def test_each_module_learns_at_its_own_rate(home):
     assert all(step == 0.0 for name, step in moved.items() if name.startswith("vlm."))
     heads = [step for name, step in moved.items() if name.startswith("action_model.")]
     assert len(heads) > 2 and max(heads) == pytest.approx(rate, rel=1e-3)
+
+
+def test_a_rate_reaches_a_part_by_its_other_name(home):
+    """A composed backbone keeps its parts deeper than the names that frameworks and rates call them by."""
+    sizes = {
+        "image_size": 32,
+        "hidden_size": 32,
+        "num_layers": 1,
+        "vision_hidden_size": 32,
+        "vision_layers": 2,
+    }
+    write_tiny_composed("prismatic", home / "prismatic", **sizes)
+    rates = "--trainer.learning_rate.vlm.vision_backbone 1e-6 --trainer.learning_rate.vlm.base 1e-5"
+    run = set_up(config(home, f"--run_id parts --framework.vlm.base_vlm {home}/prismatic {rates}"))
+    vlm = run.framework.vlm
+    parts = {"vlm.vision_backbone": vlm.model.model.vision_backbone, "vlm": vlm, "base": run.framework}
+    left = set(run.framework.parameters())
+    for name, part in parts.items():
+        groups = [g for g in run.optimizer.param_groups if g["name"].removesuffix("/no_decay") == name]
+        held = {p for group in groups for p in group["params"]}
+        assert held and held == {p for p in part.parameters() if p.requires_grad and p in left}, name
+        left -= held
+
+
+def test_a_model_wider_than_the_robot_is_measured_on_the_robots_numbers(home):
+    wide = "--framework.max_action_dim 8 --framework.max_state_dim 6 --trainer.eval_interval 3"
+    run = train(config(home, f"--run_id wide --trainer.max_train_steps 3 {wide}", "GR00T"))
+    (row,) = [row for row in read_metrics(run / "metrics.jsonl") if "eval/action_error" in row]
+    each = [row[f"eval/action_error/{name}"] for name in ACTION.names]
+    assert row["eval/action_error"] == pytest.approx(np.mean(each)) and np.isfinite(each).all()
+
+
+@pytest.mark.parametrize(
+    "framework, modes, field, reader",
+    [
+        ("PI05", {"action": "min_max", "state": "mean_std"}, "state", "the prompt"),
+        ("OpenVLA", {"action": "mean_std", "state": "min_max"}, "action", "BinsHead"),
+        ("OpenVLA", {"action": ["min_max", "q99", "identity"]}, "action", "BinsHead"),
+    ],
+)
+def test_bins_are_refused_numbers_that_lie_outside(home, tmp_path, framework, modes, field, reader):
+    words = " ".join(
+        f"--datasets.vla_data.normalization.{key} {str(mode).replace(' ', '')}" for key, mode in modes.items()
+    )
+    with pytest.raises(ConfigError, match="min_max or q99") as error:
+        set_up(config(home, f"--run_id refused {words}", framework))
+    assert f"datasets.vla_data.normalization.{field} is" in str(error.value) and reader in str(error.value)
+    bounded = words.replace("mean_std", "q99").replace("identity", "binary")
+    assert set_up(config(home, f"--run_root_dir {tmp_path} {bounded}", framework)).step == 0
+
+
+def test_a_head_without_weights_may_keep_its_rate(home):
+    words = "--run_id words --trainer.learning_rate.action_model 1e-3"
+    groups = set_up(config(home, words, "OpenVLA")).optimizer.param_groups
+    assert "action_model" not in {group["name"].removesuffix("/no_decay") for group in groups}
+
+
+def test_a_model_that_is_frozen_as_a_whole_is_refused(home):
+    frozen = "--run_id refused --framework.freeze_vlm_backbone true"
+    with pytest.raises(ConfigError, match="framework.freeze_vlm_backbone.* leave no parameter"):
+        set_up(config(home, frozen, "OpenVLA"))
 
 
 def test_frozen_modules_stand_still(home):
@@ -364,6 +447,17 @@ def test_a_policy_refuses_what_it_was_not_trained_on(home, straight):
         with pytest.raises(ValueError) as error:
             policy.predict(observation(**change), seed=0)
         assert message in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["framework.json", "vlm/tokenizer_config.json"])
+def test_the_fingerprint_covers_all_that_a_policy_is_loaded_from(home, straight, tmp_path, file):
+    _, run, _ = straight
+    copy = shutil.copytree(run, tmp_path / "copy")
+    before = Policy.from_pretrained(run).fingerprint
+    assert Policy.from_pretrained(copy).fingerprint == before
+    path = latest_checkpoint(copy) / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prompt": "Please {lang}"}))
+    assert Policy.from_pretrained(copy).fingerprint != before
 
 
 def test_a_policy_refuses_statistics_that_are_not_its_own(home, straight, tmp_path):

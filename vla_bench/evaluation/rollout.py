@@ -61,7 +61,7 @@ class EvaluatedPolicy(Protocol):
     """What evaluation needs of a policy; `vla_bench.serving.policy.Policy` has it."""
 
     spec: PolicySpec
-    fingerprint: str  # of weights and spec
+    fingerprint: str  # of all that the policy was loaded from
 
     def predict(self, observation: Mapping[str, Any], *, seed: int) -> np.ndarray:
         """Physical actions [T, D], a pure function of the observation and the seed."""

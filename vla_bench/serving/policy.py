@@ -104,7 +104,7 @@ class Policy:
         framework: Framework,
         spec: PolicySpec,
         normalizers: Mapping[str, Normalizer],  # of "action", and "state" if there is one
-        fingerprint: str = "",  # what identifies weights and specification, for records
+        fingerprint: str = "",  # what identifies all that it was loaded from, for records
     ):
         ours = (spec.action.dim, spec.state.dim if spec.state else 0, spec.horizon)
         theirs = (framework.action_dim, framework.state_dim, framework.horizon)
@@ -154,10 +154,16 @@ class Policy:
 
 # %% ../../nbs/serving/20_policy.ipynb #5c2744e8
 def _fingerprint(checkpoint: Path, spec: PolicySpec) -> str:
-    """Sixteen hexadecimal digits over the weights file and the specification."""
-    with (checkpoint / "model.safetensors").open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashlib.sha256(f"{weights} {spec.hash}".encode()).hexdigest()[:16]
+    """Sixteen hexadecimal digits over every file that a policy is loaded from, and the specification."""
+    loaded = [checkpoint / name for name in ("model.safetensors", "framework.json")]
+    for part in ("vlm", "action_model"):
+        loaded += sorted(path for path in (checkpoint / part).rglob("*") if path.is_file())
+    lines = [spec.hash]
+    for path in loaded:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        lines.append(f"{path.relative_to(checkpoint).as_posix()} {digest}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 # %% ../../nbs/serving/20_policy.ipynb #336761e3
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,14 +6,15 @@ Docs: https://vla-bench.github.io/vla_bench/training/imitation.html.md"""
 
 # %% auto #0
 __all__ = ['FREE_KEYS', 'TrainerSettings', 'DataSettings', 'Data', 'open_data', 'policy_spec', 'make_accelerator', 'find_resume',
-           'Run', 'set_up', 'load_framework', 'start_folder', 'progress', 'restore', 'update', 'valid_shares',
-           'not_finite', 'evaluate', 'save', 'train', 'finish', 'learning_rates', 'speed', 'main']
+           'Run', 'set_up', 'check_dtype', 'check_ranges', 'load_framework', 'start_folder', 'progress', 'restore',
+           'update', 'valid_shares', 'not_finite', 'evaluate', 'save', 'train', 'finish', 'learning_rates', 'speed',
+           'main']
 
 # %% ../../nbs/training/30_imitation.ipynb #2cb06b5f
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from ..data.layout import PolicySpec
 from ..data.lerobot import LeRobotDataset
 from ..data.normalize import Normalizer, save_statistics, statistics_hash
 from ..models.frameworks.framework import Framework, build_framework
+from ..models.heads.bins import BinsCodec
 from ..settings import get_setting
 from vla_bench.training.checkpoint import (
     latest_checkpoint,
@@ -276,6 +278,7 @@ def set_up(cfg: Config) -> Run:
     settings = cfg.section("trainer").into(TrainerSettings)
     sources = cfg.section("datasets.vla_data").into(DataSettings)
     model = cfg.section("framework").to_dict()
+    check_dtype(model)
     seed, folder = int(cfg.get("seed", 0)), Path(cfg["run_root_dir"]) / str(cfg["run_id"])
     data = open_data(sources, cfg["framework"]["action_horizon"], seed)
     cfg.require_read()
@@ -302,12 +305,39 @@ def set_up(cfg: Config) -> Run:
     return run
 
 # %% ../../nbs/training/30_imitation.ipynb #439814d4
+def check_dtype(section: Mapping[str, Any]) -> None:  # `framework` of the configuration
+    """Raises `ConfigError` for a backbone in another precision than float32."""
+    if (dtype := (section.get("vlm") or {}).get("dtype")) not in (None, "float32"):
+        raise ConfigError(
+            f"framework.vlm.dtype is {dtype!r}, but weights train in float32: take it out; trainer.mixed_precision: bf16 "
+            f"is for the arithmetic, framework.inference_model.vlm.dtype for the policy"
+        )
+
+
+def check_ranges(framework: Framework, data: Data) -> None:
+    """Raises `ConfigError` for numbers that the framework reads in bins over [-1, 1] and that may lie outside."""
+    readers = {}
+    if "{state}" in framework.prepare.prompt:
+        readers["state"] = f"the prompt {framework.prepare.prompt!r}"
+    if isinstance(framework.prepare.codec, BinsCodec):
+        readers["action"] = f"the head {type(framework.action_model).__name__}"
+    for name, reader in readers.items():
+        normalizer = data.normalizers[name]
+        low, high = normalizer.statistics.min, normalizer.statistics.max
+        for mode, fits in zip(normalizer.modes, (low >= -1) & (high <= 1)):
+            if mode == "mean_std" or mode == "identity" and not fits:
+                raise ConfigError(
+                    f"datasets.vla_data.normalization.{name} is {mode!r}, but {reader} writes it in bins over [-1, 1] "
+                    f"and cuts what lies beyond: write min_max or q99"
+                )
+
+
 def load_framework(
     section: dict,  # `framework` of the configuration
     data: Data,
     checkpoint: Path | None,  # to continue from
 ) -> Framework:
-    """The framework in float32. Raises `ConfigError` when it does not predict the chunks that the data has."""
+    """The framework in float32. Raises `ConfigError` when it does not fit the data's horizon or normalisation."""
     if checkpoint:
         framework = Framework.from_pretrained(checkpoint)
     else:
@@ -319,6 +349,7 @@ def load_framework(
             f"the framework predicts {framework.horizon} actions, the dataset gives {data.train.horizon}: "
             "set framework.action_horizon to the number that is meant"
         )
+    check_ranges(framework, data)
     return framework.float()
 
 

@@ -172,7 +172,9 @@ def action_error_sums(
             device = batch["actions"].device
             generator = generator or torch.Generator(device).manual_seed(seed)
             predicted = framework.predict_action(batch, generator=generator)["normalized_actions"]
-            target, valid = batch["actions"].cpu().numpy(), ~batch["action_is_pad"].cpu().numpy()
+            # a model that is wider than the robot has zeros behind the robot's numbers
+            target = batch["actions"][..., : predicted.shape[-1]].cpu().numpy()
+            valid = ~batch["action_is_pad"].cpu().numpy()
             physical = normalizer.unnormalize(predicted) - normalizer.unnormalize(target)
             errors = [np.abs(predicted - target), np.abs(physical), np.ones_like(target)]
             sums = sums + np.stack([e[valid].sum(0, dtype=np.float64) for e in errors])
