@@ -271,13 +271,13 @@ def from_folder(
     return section
 
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #e463bf92
-KINDS = {
-    "Sequence": (list, tuple),
-    "Mapping": Mapping,
-    "bool": bool,
-    "int": int,
-    "str": str,
-}  # of annotations
+KINDS = {  # what stands in an annotation: what a value is called, and what it is
+    "Sequence": ("a list", (list, tuple)),
+    "Mapping": ("a section", Mapping),
+    "bool": ("true or false", bool),
+    "int": ("a whole number", int),
+    "str": ("a text", str),
+}
 
 
 @dataclass(frozen=True)
@@ -300,19 +300,11 @@ class Shared:
 
     def __post_init__(self):
         """Raises `RegistryError` naming a value of another kind than its key takes."""
-        kinds = {
-            "a text": str,
-            "true or false": bool,
-            "a section": Mapping,
-            "a list": (list, tuple),
-            "a whole number": int,
-        }
         for field in fields(self):
-            kind = next(kind for word, kind in KINDS.items() if word in str(field.type))
-            value = getattr(self, field.name)
-            if not (value is None and "None" in str(field.type)) and not isinstance(value, kind):
-                wanted = next(words for words, each in kinds.items() if each == kind)
-                raise RegistryError(f"framework.{field.name} takes {wanted}, got {value!r}")
+            annotation, value = str(field.type), getattr(self, field.name)
+            called, kind = next(pair for word, pair in KINDS.items() if word in annotation)
+            if not isinstance(value, kind) and not (value is None and "None" in annotation):
+                raise RegistryError(f"framework.{field.name} takes {called}, got {value!r}")
         if len(set(self.embodiments)) < len(self.embodiments):
             raise RegistryError(f"framework.embodiments names one twice: {list(self.embodiments)}")
         if self.name_mapping and self.pretrained_name_or_path is None:
