@@ -419,11 +419,18 @@ def test_a_fresh_process_loads_a_checkpoint_without_parts_or_network(home, tmp_p
     model.save_pretrained(tmp_path / "saved")
     for file in (tmp_path / "saved" / "vlm").glob("*.json"):
         assert str(home) not in file.read_text(encoding="utf-8"), file.name
-    torch.save({"examples": samples()}, tmp_path / "samples.pt")
+    plain = [
+        {"lang": e["lang"], "state": torch.from_numpy(e["state"])}
+        | {"image": [torch.from_numpy(np.array(picture)) for picture in e["image"]]}
+        for e in samples()
+    ]
+    torch.save(plain, tmp_path / "samples.pt")
     code = (
-        "import sys, torch\nfrom vla_bench.models.frameworks.framework import Framework\n"
+        "import sys, torch\nfrom PIL import Image\nfrom vla_bench.models.frameworks.framework import Framework\n"
         "torch.set_num_threads(1)\nmodel = Framework.from_pretrained(sys.argv[1] + '/saved')\n"
-        "batch = torch.load(sys.argv[1] + '/samples.pt', weights_only=False)['examples']\n"
+        "batch = torch.load(sys.argv[1] + '/samples.pt', weights_only=True)\n"
+        "for e in batch:\n"
+        "    e |= {'image': [Image.fromarray(i.numpy()) for i in e['image']], 'state': e['state'].numpy()}\n"
         "torch.save(torch.from_numpy(model.predict_action(batch)['normalized_actions']), sys.argv[1] + '/out.pt')"
     )
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty"), "OMP_NUM_THREADS": "1"}
@@ -431,7 +438,9 @@ def test_a_fresh_process_loads_a_checkpoint_without_parts_or_network(home, tmp_p
         [sys.executable, "-c", code, str(tmp_path)], check=True, env=os.environ | offline, timeout=120
     )
     expected = model.predict_action(samples())["normalized_actions"]
-    np.testing.assert_allclose(torch.load(tmp_path / "out.pt").numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        torch.load(tmp_path / "out.pt", weights_only=True).numpy(), expected, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("part", ["vision_backbone", "projector", "llm_backbone"])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.vlm import BackboneSizes, Features
+from .flow_matching import at_least_one
 from .head import ActionHead, checked, draw_noise
 from ...registry import HEADS
 
@@ -362,12 +363,9 @@ class ExpertFlow(ExpertVelocity):
 
     def __init__(self, *, num_inference_timesteps: int, repeated_diffusion_steps: int, **rest):
         super().__init__(**rest)
-        counts = {
-            "num_inference_timesteps": num_inference_timesteps,
-            "repeated_diffusion_steps": repeated_diffusion_steps,
-        }
-        if idle := [f"{name}={count}" for name, count in counts.items() if count < 1]:
-            raise ValueError(f"{idle[0]} must be at least 1")
+        at_least_one(
+            num_inference_timesteps=num_inference_timesteps, repeated_diffusion_steps=repeated_diffusion_steps
+        )
         self.steps, self.repeats = num_inference_timesteps, repeated_diffusion_steps
 
     def loss(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.vlm import Features
-from .flow_matching import Attention
+from .flow_matching import Attention, at_least_one
 from .head import ActionHead
 from ...registry import HEADS, suggest
 
@@ -88,8 +88,7 @@ def check_sizes(
     counts: Mapping[str, int],  # what must be at least one, by its name in the configuration
 ) -> None:
     """Raises `ValueError` for a width that the heads cannot share, or for a count below one."""
-    if idle := [f"{name}={count}" for name, count in {"num_heads": num_heads, **counts}.items() if count < 1]:
-        raise ValueError(f"{idle[0]} must be at least 1")
+    at_least_one(num_heads=num_heads, **counts)
     if hidden_size < 1 or hidden_size % num_heads:
         raise ValueError(f"hidden_size={hidden_size} must be divisible by num_heads={num_heads}")
 
