@@ -17,7 +17,8 @@ from transformers import DynamicCache
 
 from vla_bench.models.backbones.any_vlm import AnyVLM
 from vla_bench.models.backbones.tiny import BUILDERS, write_tiny
-from vla_bench.models.backbones.vlm import VLM, load_vlm
+from vla_bench.models.backbones.loading import load_vlm
+from vla_bench.models.backbones.vlm import VLM
 
 KINDS = tuple(BUILDERS)
 NO_CACHE = {"qwen3_5", "gemma3", "florence2"}

@@ -20,14 +20,16 @@ from torch.nn.functional import cross_entropy, gelu, layer_norm
 from transformers import AutoModel, AutoModelForCausalLM
 
 from vla_bench.models.backbones.eagle import compose_eagle, public_names
-from vla_bench.models.backbones.parts import quiet
+from vla_bench.models.backbones.component_loading import quiet
 from vla_bench.models.backbones.prismatic import compose
-from vla_bench.models.backbones.tiny_parts import write_tiny_composed, write_tiny_parts
+from vla_bench.models.backbones.tiny_composed import write_tiny_composed, write_tiny_parts
 from vla_bench.models.backbones.vision import VisionBackbone
-from vla_bench.models.backbones.vlm import VLM, load_vlm
-from vla_bench.models.frameworks.framework import Framework, build_framework
+from vla_bench.models.backbones.loading import load_vlm
+from vla_bench.models.backbones.vlm import VLM
+from vla_bench.models.frameworks.build import build_framework
+from vla_bench.models.frameworks.framework import Framework
 from vla_bench.models.projectors.pixel_shuffle import pixel_shuffle
-from vla_bench.models.weights import load_mapped
+from vla_bench.models.interop.weights import load_mapped
 from vla_bench.registry import LLM_BACKBONES, PROJECTORS, VISION_BACKBONES, RegistryError
 
 WORDS = ("open the drawer", "press the button from the top", "close the window")
@@ -208,7 +210,7 @@ def test_new_words_change_no_old_one(home, kind):
         before = AutoModelForCausalLM.from_pretrained(home / kind.lower()).eval()
     llm = LLM_BACKBONES.build({"type": kind, "path": home / kind.lower()})
     old = len(llm.tokenizer)
-    assert llm.add_words("<image>")[0] >= old and llm.tokenizer.pad_token is not None
+    assert llm.add_tokens("<image>")[0] >= old and llm.tokenizer.pad_token is not None
     rows = llm.model.get_input_embeddings().weight.shape[0]
     assert rows % 64 == 0 and rows >= len(llm.tokenizer) and llm.model.config.vocab_size == rows
     ids = torch.tensor([[5, 9, 13, 7]])

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vla_bench.models.backbones.vlm import BackboneSizes, Features
+from vla_bench.models.features import BackboneSizes, Features
 from vla_bench.models.heads import flow_matching
 from vla_bench.models.heads.flow_inference import FlowMatchingInferenceHead, LayerwiseFlowMatchingInference
-from vla_bench.models.heads.flow_matching import Attention, EmbodimentLinear, FlowMatchingHead, Refiner
+from vla_bench.models.heads.flow_matching import FlowMatchingHead
+from vla_bench.models.layers.attention import Attention
+from vla_bench.models.layers.dit import VLSelfAttention
+from vla_bench.models.layers.embodiment import CategorySpecificLinear
 from vla_bench.models.heads.layerwise_flow import LayerwiseFlowMatchingHead
 from vla_bench.registry import HEADS, RegistryError
 
@@ -238,7 +241,7 @@ def test_the_sampler_equals_the_equations(which, twin):
 
 def test_an_embodiment_specific_linear_layer_is_a_matrix_per_robot():
     torch.manual_seed(0)
-    layer, x, robot = EmbodimentLinear(4, 3, robots=5), torch.randn(6, 2, 4), torch.tensor([4, 0, 4])
+    layer, x, robot = CategorySpecificLinear(4, 3, robots=5), torch.randn(6, 2, 4), torch.tensor([4, 0, 4])
     found = layer(x, robot).detach().double().numpy()  # two draws of three samples
     w, b = layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()
     for row in range(6):
@@ -250,7 +253,7 @@ def test_an_embodiment_specific_linear_layer_is_a_matrix_per_robot():
 
 def test_self_attention_on_the_backbone_equals_the_equations():
     torch.manual_seed(0)
-    refiner = ordinary(Refiner(H, 3, 2, 0.0))
+    refiner = ordinary(VLSelfAttention(H, 3, 2, 0.0))
     weights = {f"vl.{n}": p.detach().double().numpy() for n, p in refiner.state_dict().items()}
     hidden, mask = torch.randn(B, L, H), torch.tensor([[True] * L, [False, True, True, False, True]])
     found = refiner(hidden, mask).detach()
@@ -333,7 +336,7 @@ def test_padded_dimensions_and_steps_stay_out_of_the_loss(which):
     features, state = observation(head)
     noise, time = torch.randn(3 * B, T, D), torch.zeros(3 * B)
     actions, is_pad = torch.randn(B, T, D), torch.tensor([[False] * T, [False, True, True, True]])
-    head.trained_dims = 2
+    head.valid_action_dim = 2
     other = actions.clone()
     other[..., 2], other[1, 1:] = 40.0, 40.0
     losses = [
@@ -422,7 +425,7 @@ def counted(head, features, state, noise) -> tuple[dict[str, int], int]:
     """How often each linear layer is called, and floating-point operations, for one chunk."""
     calls, hooks = {}, []
     for name, module in head.named_modules():
-        if isinstance(module, torch.nn.Linear | EmbodimentLinear):
+        if isinstance(module, torch.nn.Linear | CategorySpecificLinear):
             hooks.append(
                 module.register_forward_hook(lambda *_, n=name: calls.update({n: calls.get(n, 0) + 1}))
             )

@@ -16,15 +16,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vla_bench.models.backbones.tiny import write_tiny
-from vla_bench.models.backbones.tiny_parts import write_tiny_parts
-from vla_bench.models.backbones.vlm import Features
+from vla_bench.models.backbones.tiny_composed import write_tiny_parts
+from vla_bench.models.features import Features
 from vla_bench.models.frameworks import framework as framework_module
-from vla_bench.models.frameworks.framework import Framework, build_framework
+from vla_bench.models.frameworks.build import build_framework
+from vla_bench.models.frameworks.framework import Framework
 from vla_bench.models.frameworks.gr00t import GR00T
 from vla_bench.models.frameworks.gr00t import main as gr00t_main
 from vla_bench.models.frameworks.oft import main as oft_main
-from vla_bench.models.frameworks.prepare import attention_map
-from vla_bench.models.heads.flow_matching import FlowMatchingHead, sample_time
+from vla_bench.models.attention_map import attention_map
+from vla_bench.models.heads.flow import sample_time
+from vla_bench.models.heads.flow_matching import FlowMatchingHead
 from vla_bench.models.heads.mlp import MLPHead
 from vla_bench.registry import FRAMEWORKS
 

@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vla_bench.models.backbones.tiny import write_tiny
-from vla_bench.models.backbones.vlm import VLM, load_vlm
-from vla_bench.models.frameworks.framework import build_framework
+from vla_bench.models.backbones.loading import load_vlm
+from vla_bench.models.backbones.vlm import VLM
+from vla_bench.models.frameworks.build import build_framework
 
 KINDS = ("qwen2_5_vl", "qwen3_vl", "paligemma")
 WORDS = ("open the drawer", "press the button from the top", "close the window")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vla_bench.models.backbones.vlm import Features
+from vla_bench.models.features import Features
 from vla_bench.models.heads import discrete_diffusion as discrete
 from vla_bench.models.heads import transformer as transformer_module
 from vla_bench.models.heads.diffusion import DiffusionHead, squared_cosine
@@ -184,7 +184,7 @@ def token_logits(head: DiscreteDiffusionHead, tokens: np.ndarray, features: Feat
     first = w.linear("network.state_in.layer", state.double().numpy())[:, None]
     x = w.values["network.codes.weight"][tokens] + w.values["network.positions"]
     x = np.concatenate([first, x], 1)
-    keys = np.array([True] + [d < head.trained_dims for _ in range(T) for d in range(D)])[None].repeat(
+    keys = np.array([True] + [d < head.valid_action_dim for _ in range(T) for d in range(D)])[None].repeat(
         len(x), 0
     )
     for i in range(len(head.network.blocks)):
@@ -289,16 +289,16 @@ def test_ddpm_takes_the_posterior_of_every_step():
         head.sample(features, state, noise=every[:, 1:])
 
 
-@pytest.mark.parametrize("trained_dims", [D, 2])
-def test_the_masked_cross_entropy_is_its_equation(trained_dims):
+@pytest.mark.parametrize("valid_action_dim", [D, 2])
+def test_the_masked_cross_entropy_is_its_equation(valid_action_dim):
     head = build("discrete")
-    head.trained_dims = trained_dims
+    head.valid_action_dim = valid_action_dim
     features, actions, state = data()
     given = training_noise(head)
     nll = []
     for i, (order, u) in enumerate(zip(given["noise"].numpy(), given["time"].numpy())):
         b = i % B
-        real = [t * D + d for t in range(T) for d in range(trained_dims) if not IS_PAD[b, t]]
+        real = [t * D + d for t in range(T) for d in range(valid_action_dim) if not IS_PAD[b, t]]
         number = max(1, math.ceil(math.cos(math.pi / 2 * float(u)) * len(real)))
         hidden = sorted(real, key=lambda j: order[j])[:number]
         codes = np.clip(np.floor((actions[b].numpy().ravel() + 1) / 2 * 16), 0, 15).astype(int)
@@ -424,7 +424,7 @@ def test_gradients_reach_every_parameter(name, state_dim):
 @every_head
 def test_only_trained_dimensions_count(name):
     head = build(name)
-    head.trained_dims = 2
+    head.valid_action_dim = 2
     features, actions, state = data()
     other = actions.clone()
     other[..., 2] = 7.0

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vla_bench.models.backbones.tiny import write_tiny
-from vla_bench.models.backbones.vlm import BackboneSizes, Features
-from vla_bench.models.frameworks.framework import Framework, build_framework
+from vla_bench.models.features import BackboneSizes, Features
+from vla_bench.models.frameworks.build import build_framework
+from vla_bench.models.frameworks.framework import Framework
 from vla_bench.models.frameworks.pi0 import main as pi0_main
 from vla_bench.models.frameworks.pi05 import main as pi05_main
-from vla_bench.models.heads.action_expert import ActionExpertHead, AdaptiveRMSNorm, ExpertLayer, sample_time
+from vla_bench.models.heads.action_expert import ActionExpertHead, sample_time
+from vla_bench.models.layers.expert import AdaptiveRMSNorm, ExpertLayer
 
 T, D, S, CAMERAS = 4, 3, 2, 2  # actions in a chunk, numbers in an action, numbers in a state, pictures
 EXPERT = {"type": "ActionExpert", "hidden_size": 24, "intermediate_size": 48, "num_heads": 4}

@@ -19,11 +19,12 @@ from vla_bench.data.layout import Layout
 from vla_bench.data.lerobot import LeRobotDataset
 from vla_bench.data.writer import LeRobotWriter
 from vla_bench.models.backbones.tiny import write_tiny
-from vla_bench.models.backbones.tiny_parts import write_tiny_composed
+from vla_bench.models.backbones.tiny_composed import write_tiny_composed
 from vla_bench.serving.policy import Policy
 from vla_bench.training import imitation
 from vla_bench.training.checkpoint import latest_checkpoint, list_checkpoints
-from vla_bench.training.imitation import set_up, train, update
+from vla_bench.training.imitation import train, update
+from vla_bench.training.run import set_up
 from vla_bench.training.loop import AugmentedView, make_loader, read_metrics
 
 HEADS = {

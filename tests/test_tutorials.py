@@ -119,7 +119,7 @@ def test_the_list_shows_plugins_and_survives_a_broken_one(tmp_path):
         "broken": "raise RuntimeError('their cable is out')\n",
     }
     install(tmp_path, "their_lab", modules, points)
-    run = python("-m", "vla_bench.models.list", "--json", site=tmp_path)
+    run = python("-m", "vla_bench.models.compatibility", "--json", site=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     rows = {row["name"]: row for row in json.loads(run.stdout)["heads"]}
     assert rows["Constant"]["origin"] == "their_lab" and "LlavaVLA" in rows["Constant"]["frameworks"]
@@ -129,7 +129,7 @@ def test_the_list_shows_plugins_and_survives_a_broken_one(tmp_path):
 
 
 def test_the_grid_refuses_in_the_words_of_the_bricks():
-    from vla_bench.models.list import grid
+    from vla_bench.models.compatibility import grid
     from vla_bench.registry import BACKBONES, FRAMEWORKS, HEADS
 
     found = grid()
@@ -225,7 +225,7 @@ def test_nothing_is_overwritten_and_names_are_checked(repository):
         ("mlp", "the head 'MLP' exists"),
         ("my-head", "cannot name"),
     ):
-        run = python("-m", "vla_bench.new", "head", name, "--out", "nbs", cwd=repository)
+        run = python("-m", "vla_bench.scaffold", "head", name, "--out", "nbs", cwd=repository)
         assert run.returncode == 2 and said in run.stderr and len(run.stderr.splitlines()) == 1
     assert {path: path.read_bytes() for path in (repository / "nbs").iterdir()} == before
 

@@ -17,12 +17,13 @@ from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 from vla_bench.data.normalize import Normalizer, load_statistics, save_statistics
 from vla_bench.models.backbones.eagle import compose_eagle
 from vla_bench.models.backbones.tiny import CORPUS, write_tiny
-from vla_bench.models.backbones.tiny_parts import write_tiny_parts
-from vla_bench.models.convert import PolicySettings, convert, main, policy_spec
-from vla_bench.models.frameworks.fluxvla import from_fluxvla, remarks
-from vla_bench.models.frameworks.framework import Framework, build_framework
-from vla_bench.models.layouts import LAYOUTS
-from vla_bench.models.weights import Take, load_mapped, read_weights
+from vla_bench.models.backbones.tiny_composed import write_tiny_parts
+from vla_bench.models.interop.convert import PolicySettings, convert, main, policy_spec
+from vla_bench.models.interop.fluxvla import from_fluxvla, remarks
+from vla_bench.models.frameworks.build import build_framework
+from vla_bench.models.frameworks.framework import Framework
+from vla_bench.models.interop.checkpoint_formats import LAYOUTS
+from vla_bench.models.interop.weights import Take, load_mapped, read_weights
 from vla_bench.serving.policy import Policy
 
 SIZES = {"image_size": 32, "hidden_size": 32, "num_layers": 2, "vision_hidden_size": 32, "vision_layers": 1}

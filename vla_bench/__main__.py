@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 # %% ../nbs/97___main__.ipynb #12629a6b
 COMMANDS = {
-    "list": ("vla_bench.models.list", "what bricks there are, and which of them fit together"),
-    "new": ("vla_bench.new", "write the notebook of a new head, backbone or framework"),
+    "list": ("vla_bench.models.compatibility", "what bricks there are, and which of them fit together"),
+    "new": ("vla_bench.scaffold", "write the notebook of a new head, backbone or framework"),
 }
 
 

@@ -13,7 +13,7 @@ from statistics import median
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vla_bench.models.backbones.vlm import BackboneSizes, Features
+from vla_bench.models.features import BackboneSizes, Features
 from vla_bench.models.heads.flow_inference import FlowMatchingInferenceHead, LayerwiseFlowMatchingInference
 from vla_bench.models.heads.flow_matching import FlowMatchingHead
 from vla_bench.models.heads.layerwise_flow import LayerwiseFlowMatchingHead

@@ -19,7 +19,8 @@ from vla_bench.data.sample import Sample
 from vla_bench.models.backbones.processor import load_processor
 from vla_bench.models.backbones.qwen import QwenVL
 from vla_bench.models.backbones.tiny import write_tiny
-from vla_bench.models.backbones.vlm import VLM, load_vlm
+from vla_bench.models.backbones.loading import load_vlm
+from vla_bench.models.backbones.vlm import VLM
 from vla_bench.models.frameworks.oft import OFT
 from vla_bench.models.heads.mlp import MLPHead
 

@@ -22,8 +22,8 @@ from ..config import cli_errors, suggest
 from ..data.layout import PolicySpec, spec_from_dict, spec_to_dict
 from ..data.normalize import Normalizer, load_statistics, statistics_hash
 from ..data.sample import Sample, check_sample
+from ..models.attention_map import AttentionMap
 from ..models.frameworks.framework import Framework
-from ..models.frameworks.prepare import AttentionMap
 from ..settings import get_setting
 from ..training.checkpoint import find_checkpoint
 

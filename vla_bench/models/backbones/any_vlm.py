@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .vlm import VLM, VLMPrepare, packing_order, reorder
+from .tokens import packing_order, reorder
+from .vlm import VLM, VLMPrepare
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/80_any_vlm.ipynb #9f14c48a

@@ -50,7 +50,7 @@ class Eagle(Prismatic):
 
     network = EagleForConditionalGeneration
     image_token, picture = "<IMG_CONTEXT>", "<image {number}><img>{tokens}</img>"
-    words_added = ("<img>", "</img>", "<IMG_CONTEXT>")
+    added_tokens = ("<img>", "</img>", "<IMG_CONTEXT>")
     padding_side = "left"
 
 

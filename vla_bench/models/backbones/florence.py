@@ -16,16 +16,10 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutput
 
-from .pictures import SquareVLM, place_pictures
-from vla_bench.models.backbones.vlm import (
-    Features,
-    VLMPrepare,
-    eager_text,
-    packing_order,
-    reorder,
-    unpacked,
-    visible_tokens,
-)
+from .image_tokens import SquareVLM, place_pictures
+from .tokens import packing_order, reorder, unpacked, visible_tokens
+from .vlm import VLMPrepare, eager_text
+from ..features import Features
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/38_florence.ipynb #3c72f79d

@@ -11,8 +11,8 @@ __all__ = ['Gemma3']
 import torch
 from torch import Tensor
 
-from .pictures import PackedVLM, SquareVLM
-from .vlm import packing_order, reorder
+from .image_tokens import PackedVLM, SquareVLM
+from .tokens import packing_order, reorder
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/32_gemma3.ipynb #aa8ff12a

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 from transformers import AutoImageProcessor, ProcessorMixin
 
-from .pictures import SquareVLM
+from .image_tokens import SquareVLM
 from .processor import load_processor, model_type
 from ...registry import BACKBONES
 

@@ -11,7 +11,7 @@ __all__ = ['InternVLPrepare', 'InternVL']
 from PIL import Image
 from torch import Tensor
 
-from .pictures import KEPT, NestedPrepare, SquareVLM
+from .image_tokens import KEPT, NestedPrepare, SquareVLM
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/34_internvl.ipynb #b74efb01

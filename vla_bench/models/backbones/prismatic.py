@@ -33,8 +33,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
 from .llm import PROMPT
+from .component_loading import check_one_way
 from .vision import Pixels
-from .vlm import VLM, VLMPrepare, check_one_way
+from .vlm import VLM, VLMPrepare
 from ...registry import BACKBONES, LLM_BACKBONES, PROJECTORS, VISION_BACKBONES, Registry
 
 # %% ../../../nbs/models/backbones/44_prismatic.ipynb #01b4b3db
@@ -336,7 +337,7 @@ class Prismatic(VLM):
     prepare_class = PrismaticPrepare
     network = PrismaticForConditionalGeneration
     image_token, picture = "<image>", "{tokens}"  # the stand-in for one token, and how a picture is framed
-    words_added: tuple[str, ...] = ("<image>",)
+    added_tokens: tuple[str, ...] = ("<image>",)
     padding_side = "right"
 
     @property
@@ -401,7 +402,7 @@ def compose(
     vision = VISION_BACKBONES.build(vision_backbone, **options)
     llm = LLM_BACKBONES.build(llm_backbone, **options)
     template = PromptTemplate(llm.prompt, backbone.picture)
-    llm.add_words(*backbone.words_added)
+    llm.add_tokens(*backbone.added_tokens)
     sizes = {"vision_size": vision.width, "text_size": llm.model.config.hidden_size}
     between = PROJECTORS.build(projector, **sizes)
     grid = check_projector(between, vision.grid, **sizes)

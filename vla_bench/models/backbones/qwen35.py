@@ -11,7 +11,7 @@ __all__ = ['Qwen35']
 import torch
 from torch import Tensor
 
-from .pictures import PackedVLM
+from .image_tokens import PackedVLM
 from .qwen import QwenPictures
 from ...registry import BACKBONES
 

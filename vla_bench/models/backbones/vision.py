@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from .parts import load_part, part_config, quiet, shortened
+from .component_loading import load_part, part_config, quiet, shortened
 from ...registry import VISION_BACKBONES
 
 # %% ../../../nbs/models/backbones/40_vision.ipynb #14e4e078

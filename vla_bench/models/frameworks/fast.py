@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..backbones.vlm import VLM
-from .framework import Framework, describe
+from .describe import describe
+from .framework import Framework
 from ..heads.head import ActionHead
 from ...registry import FRAMEWORKS
 

@@ -17,8 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..backbones.vision import Pixels
-from ..backbones.vlm import VLM, Features
-from .framework import Framework, describe
+from ..backbones.vlm import VLM
+from ..features import Features
+from .describe import describe
+from .framework import Framework
 from ..heads.head import ActionHead
 from ...registry import FRAMEWORKS, VISION_BACKBONES
 

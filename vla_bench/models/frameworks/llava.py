@@ -11,8 +11,9 @@ __all__ = ['LlavaVLA', 'main']
 from collections.abc import Sequence
 from typing import Any
 
-from ..backbones.vlm import Features
-from .framework import Framework, describe
+from ..features import Features
+from .describe import describe
+from .framework import Framework
 from ...registry import FRAMEWORKS
 
 # %% ../../../nbs/models/frameworks/60_llava.ipynb #cd9f42ca

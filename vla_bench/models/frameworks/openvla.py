@@ -10,8 +10,8 @@ __all__ = ['OpenVLA', 'main']
 # %% ../../../nbs/models/frameworks/50_openvla.ipynb #75c39e7b
 from collections.abc import Sequence
 
+from .describe import describe
 from .fast import FAST
-from .framework import describe
 from ...registry import FRAMEWORKS
 
 # %% ../../../nbs/models/frameworks/50_openvla.ipynb #003aa405
@@ -21,7 +21,7 @@ class OpenVLA(FAST):
 
     default_head = "Bins"
     prompt = "In: What action should the robot take to {lang}?\nOut:"
-    tidy = staticmethod(str.lower)  # as it was trained
+    preprocess_instruction = staticmethod(str.lower)  # as it was trained
 
 # %% ../../../nbs/models/frameworks/50_openvla.ipynb #ea45396c
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,9 +11,11 @@ __all__ = ['PI', 'main']
 from collections.abc import Sequence
 from typing import Any
 
-from ..backbones.unread import freeze_unread
-from ..backbones.vlm import VLM, Features
-from .framework import Framework, describe
+from ..backbones.unused_parameters import freeze_unread
+from ..backbones.vlm import VLM
+from ..features import Features
+from .describe import describe
+from .framework import Framework
 from ..heads.head import ActionHead
 from ...registry import FRAMEWORKS
 

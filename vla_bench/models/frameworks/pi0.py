@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbones.unread import freeze_unread
-from ..backbones.vlm import VLM, Features
-from .framework import Framework, describe
+from ..backbones.unused_parameters import freeze_unread
+from ..backbones.vlm import VLM
+from ..features import Features
+from .describe import describe
+from .framework import Framework
 from ..heads.head import ActionHead
 from ...registry import FRAMEWORKS
 
@@ -37,7 +39,7 @@ class PI0(Framework):
 
     reads = "cache"
     default_head = "ActionExpert"
-    tidy = staticmethod(one_line)
+    preprocess_instruction = staticmethod(one_line)
     adaptive_norm = False  # whether the expert's time enters through its norms
 
     def __init__(self, vlm: VLM, action_model: ActionHead):

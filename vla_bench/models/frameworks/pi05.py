@@ -11,7 +11,7 @@ __all__ = ['PI05', 'main']
 from collections.abc import Sequence
 
 from ..backbones.vlm import VLM
-from .framework import describe
+from .describe import describe
 from .pi0 import PI0
 from ..heads.head import ActionHead
 from ...registry import FRAMEWORKS

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .fast import valid_lengths
-from .head import TokenHead
+from .token_head import TokenHead
 from ...registry import HEADS
 
 # %% ../../../nbs/models/heads/30_bins.ipynb #f61c49c9

@@ -14,10 +14,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..backbones.vlm import Features
-from .flow_matching import DiT, DiTBlock
-from .head import ActionHead, checked, draw_noise
-from .transformer import StateToken, check_choice, check_sizes
+from ..features import Features
+from .head import ActionHead, check_choice, check_shape, check_sizes, draw_noise
+from ..layers.dit import DiT, DiTBlock
+from ..layers.transformer import StateToken
 from ...registry import HEADS
 
 # %% ../../../nbs/models/heads/70_diffusion.ipynb #9d0b58b3
@@ -170,16 +170,18 @@ class DiffusionHead(ActionHead):
         """`action_loss`: the squared error of the chunk (or noise) over actions that are not padding."""
         self.check_actions(actions, is_pad)
         if self.clip is not None:
-            check_range(actions[~is_pad][:, : self.trained_dims], self.clip)
+            check_range(actions[~is_pad][:, : self.valid_action_dim], self.clip)
         r = self.repeats
         repeated = Features(features.hidden.repeat(r, 1, 1), features.mask.repeat(r, 1))
         actions = self._shown(actions.float()).masked_fill(is_pad[..., None], 0.0).repeat(r, 1, 1)
         is_pad = is_pad.repeat(r, 1)
         why = f": repeated_diffusion_steps={r} draws per sample"
-        noise = torch.randn_like(actions) if noise is None else checked("noise", noise, actions.shape, why)
+        noise = (
+            torch.randn_like(actions) if noise is None else check_shape("noise", noise, actions.shape, why)
+        )
         if time is None:
             time = torch.randint(self.train_steps, (len(actions),), device=actions.device)
-        self._check_steps(checked("time", time, actions.shape[:1], why))
+        self._check_steps(check_shape("time", time, actions.shape[:1], why))
         left = torch.tensor(self.schedule, device=actions.device)[time][:, None, None]
         noisy = left.sqrt() * actions + (1 - left).sqrt() * noise
         predicted, _ = self.network(noisy, time, repeated, None if state is None else state.repeat(r, 1))
@@ -187,7 +189,7 @@ class DiffusionHead(ActionHead):
         return {"action_loss": self.mean((predicted - target) ** 2, is_pad)}
 
     def _shown(self, actions: Tensor) -> Tensor:
-        lacking = torch.arange(self.action_dim, device=actions.device) >= self.trained_dims
+        lacking = torch.arange(self.action_dim, device=actions.device) >= self.valid_action_dim
         return actions.masked_fill(lacking, 0.0)
 
     def _check_steps(self, time: Tensor) -> None:
@@ -224,7 +226,7 @@ class DiffusionHead(ActionHead):
         shape, device = (len(features.hidden), self.horizon, self.action_dim), features.hidden.device
         stochastic, every = self.sampler == "ddpm", (shape[0], self.steps, *shape[1:])
         if noise is not None:
-            noise = checked("noise", noise, every if stochastic and noise.ndim == 4 else shape).float()
+            noise = check_shape("noise", noise, every if stochastic and noise.ndim == 4 else shape).float()
         given = [] if noise is None else list(noise.unbind(1)) if noise.ndim == 4 else [noise]
         draws = itertools.chain(given, (draw_noise(shape, generator, device) for _ in itertools.count()))
         x = next(draws)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones.vlm import Features
-from .head import ActionHead, checked
-from .transformer import StateToken, TransformerBlock, check_choice, check_sizes
+from ..features import Features
+from .head import ActionHead, check_choice, check_shape, check_sizes
+from ..layers.transformer import StateToken, TransformerBlock
 from ...registry import HEADS
 
 # %% ../../../nbs/models/heads/80_discrete_diffusion.ipynb #6a25b6ae
@@ -116,7 +116,7 @@ def uniform_noise(
     if given is None:
         source = generator.device if generator is not None else device
         return torch.rand(shape, generator=generator, device=source).to(device)
-    checked(name, given, shape, why)
+    check_shape(name, given, shape, why)
     if not given.dtype.is_floating_point or given.min() < 0 or given.max() > 1:
         raise ValueError(
             f"{name} must be uniform numbers in [0, 1], got {given.dtype} from {float(given.min()):.3g} to "
@@ -214,7 +214,7 @@ class DiscreteDiffusionHead(ActionHead):
 
     def present(self, device: torch.device) -> Tensor:
         """bool [T·D]: tokens of dimensions that the robot has."""
-        return (torch.arange(self.action_dim, device=device) < self.trained_dims).repeat(self.horizon)
+        return (torch.arange(self.action_dim, device=device) < self.valid_action_dim).repeat(self.horizon)
 
     def loss(
         self,
@@ -234,7 +234,7 @@ class DiscreteDiffusionHead(ActionHead):
             f": repeated_diffusion_steps={self.repeats} draws per sample",
         )
         if self.outside == "error":
-            self.bins.check(actions[~is_pad][:, : self.trained_dims])
+            self.bins.check(actions[~is_pad][:, : self.valid_action_dim])
         codes, is_pad = self.bins.encode(actions).flatten(1).repeat(r, 1), is_pad.repeat(r, 1)
         present = self.present(device)
         valid = (~is_pad).repeat_interleave(self.action_dim, 1) & present
@@ -276,7 +276,7 @@ class DiscreteDiffusionHead(ActionHead):
         noise = uniform_noise("noise", noise, (batch, self.rounds, 2, self.tokens), generator, device)
         tokens = torch.full((batch, self.tokens), self.blank, device=device)
         present, collected = self.present(device), []
-        wanted = self.horizon * self.trained_dims
+        wanted = self.horizon * self.valid_action_dim
         schedule = hidden_after(wanted, self.rounds)
         for k, left in enumerate(schedule):
             logits, weights = self.network(tokens, present, features, state, maps)

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from ...config import cli_errors
 from ...data.lerobot import LeRobotDataset
 from ...data.normalize import MODES, Normalizer, compute_statistics
-from .head import TokenHead
+from .token_head import TokenHead
 from ...registry import HEADS, suggest
 
 # %% ../../../nbs/models/heads/20_fast.ipynb #92bd8a2b

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..backbones.vlm import Features
-from .flow_matching import DiT, FlowMatchingHead, FlowTransformerHead, time_bucket
+from ..features import Features
+from .flow import time_bucket
+from .flow_matching import FlowMatchingHead, FlowTransformerHead
 from .layerwise_flow import LayerwiseFlowMatchingHead
+from ..layers.dit import DiT
 from ...registry import HEADS
 
 # %% ../../../nbs/models/heads/45_flow_inference.ipynb #2ef87b3a

@@ -11,11 +11,12 @@ __all__ = ['layer_projections', 'refuse_unread', 'layerwise_depth', 'LayerwiseFl
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
-from ..backbones.vlm import BackboneSizes, Features
-from .flow_matching import DiT, FlowTransformerHead, at_least_one, check_width
+from ..features import BackboneSizes, Features
+from .flow_matching import FlowTransformerHead
+from .head import at_least_one, check_width
+from ..layers.dit import DiT
 from ...registry import HEADS
 
 # %% ../../../nbs/models/heads/50_layerwise_flow.ipynb #eb517b0a

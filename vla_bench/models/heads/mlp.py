@@ -11,7 +11,7 @@ __all__ = ['ResidualMLP', 'MLPHead']
 import torch
 from torch import Tensor, nn
 
-from ..backbones.vlm import Features
+from ..features import Features
 from .head import ActionHead
 from ...registry import HEADS
 
