@@ -18,6 +18,7 @@ MODULES = sorted(p for p in (ROOT / "vla_bench").rglob("*.py") if p.name not in 
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 ROOMS = [
     "settings",
+    "files",
     "registry",
     "config",
     "data",
