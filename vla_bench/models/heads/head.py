@@ -12,6 +12,7 @@ __all__ = ['masked_mean', 'ActionCodec', 'HeadSizes', 'ActionHead', 'check_shape
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
