@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Cache, PreTrai
 
 from .processor import load_processor, no_progress
 from vla_bench.models.backbones.tokens import (
-    last_valid,
+    last_state,
     next_positions,
     packing_order,
     pad_left,
@@ -309,7 +309,7 @@ class VLM(Reader):
         """Next-token cross-entropy of an answer behind the prompt, a scalar."""
         embed = self.model.get_input_embeddings()
         features = self(inputs, embed(answers[:, :-1]), causal_extra=True)
-        first = last_valid(features.hidden[:, : inputs["input_ids"].shape[1]], inputs["attention_mask"])
+        first = last_state(features.hidden[:, : inputs["input_ids"].shape[1]], inputs["attention_mask"])
         before = torch.cat([first[:, None], features.extra], dim=1)
         output = self.model.get_output_embeddings()
         logits = output(before[valid].to(output.weight.dtype))
@@ -328,7 +328,7 @@ class VLM(Reader):
         mask, positions = self.visible(inputs), self.position_ids(inputs)
         embed, output = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         read = self.run(embed(inputs["input_ids"]), mask, positions, inputs, cache=True)
-        hidden = last_valid(read.last_hidden_state, inputs["attention_mask"])
+        hidden = last_state(read.last_hidden_state, inputs["attention_mask"])
         mask = reorder(mask, packing_order(mask, self.packing))  # as the kept keys lie
         places = next_positions(positions, inputs["attention_mask"], max_tokens)
         choices = allowed if stop is None else torch.cat([allowed, allowed.new_tensor([stop])])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...data.sample import Sample
 from ..attention_map import AttentionMap, attention_map
-from ..backbones.tokens import last_valid
+from ..backbones.tokens import last_state
 from ..backbones.vlm import VLM
 from ..features import Features
 from .build import build_framework, from_folder, read_section
@@ -141,7 +141,7 @@ class Framework(Pair):
             return self.action_model.attention(features, self.draw_noise(features, generator))
         maps = self.vlm(batch["inputs"], attention=True).attention
         rows = torch.stack([m.float().mean(1) for m in maps]).mean(0)  # [B, L, L]
-        return last_valid(rows, batch["inputs"]["attention_mask"])
+        return last_state(rows, batch["inputs"]["attention_mask"])
 
     def read(self, batch: dict[str, Any]) -> Features:
         """What the head gets: the features, the state, and which robot each sample is from."""
