@@ -157,9 +157,7 @@ def count_steps(
     if steps is None:
         return min(SAMPLERS[sampler] or train_steps, train_steps)
     if steps > train_steps:
-        raise ValueError(
-            f"num_inference_timesteps={steps} must not exceed num_train_timesteps={train_steps}"
-        )
+        raise ValueError(f"num_inference_timesteps={steps} must not exceed num_train_timesteps={train_steps}")
     return steps
 
 # %% ../../../nbs/models/heads/70_diffusion.ipynb #93a5c477
@@ -300,7 +298,8 @@ def denoise(
 def sample(
     self: DiffusionHead,
     features: Features,
-    noise: Tensor | None = None,  # [B, T, D], x_N; or with ddpm [B, K, T, D], x_N and each step's but the last
+    noise: Tensor
+    | None = None,  # [B, T, D], x_N; or with ddpm [B, K, T, D], x_N and each step's but the last
 ) -> Tensor:
     """Normalised actions [B, T, D] after K steps from noise; 0 in dimensions that the robot does not have."""
     return self.denoise(features, noise)[0]

@@ -293,7 +293,8 @@ def decode(
 def sample(
     self: DiscreteDiffusionHead,
     features: Features,
-    noise: Tensor | None = None,  # [B, K, 2, T·D] uniform in [0, 1): per round, for the guesses and their order
+    noise: Tensor
+    | None = None,  # [B, K, 2, T·D] uniform in [0, 1): per round, for the guesses and their order
 ) -> Tensor:
     """Normalised actions [B, T, D] after K rounds; 0 in dimensions that the robot does not have."""
     tokens, _ = self.decode(features, noise)
