@@ -587,6 +587,9 @@ def compute(path: Path, node: ast.BinOp, left: Any, right: Any) -> float | list 
 # %% ../../../nbs/models/interop/30_fluxvla.ipynb #e58ab446
 def evaluate_dict(node: ast.expr, items: Sequence[tuple[Any, Any]], path: Path) -> dict[str, Any]:
     """A dictionary from its keys and values; the key None is `**value`, as in `dict(**base, lr=1e-4)`."""
+    keys = [key for key, _ in items if key is not None]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise not_data(path, node, f"a dict with two values for {twice[0]!r}")
     found: dict[str, Any] = {}
     for key, value in items:
         if not isinstance(key, str | None) or (key is None and not isinstance(value, dict)):
@@ -656,9 +659,10 @@ def parse_file(path: Path) -> ast.Module:
             warnings.simplefilter("ignore")
             return ast.parse(path.read_text(encoding="utf-8"))
     except SyntaxError as error:
-        raise ConfigError(f"{path}, line {error.lineno}: not Python: {error.msg}") from error
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise ConfigError(f"{path}{line}: not Python: {error.msg}") from error
     except (ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError(f"{path} is not Python: {str(error) or type(error).__name__}") from error
+        raise ConfigError(f"{path}: not Python: {str(error) or type(error).__name__}") from error
 
 
 def read_assignments(path: Path) -> dict[str, Any]:
