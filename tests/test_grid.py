@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from vla_bench.models.backbones.loading import backbone_class
 from vla_bench.models.backbones.tiny import BUILDERS, write_tiny
 from vla_bench.models.backbones.tiny_composed import write_tiny_composed
-from vla_bench.models.backbones.loading import backbone_class
 from vla_bench.models.frameworks.build import build_framework
 from vla_bench.models.frameworks.framework import Framework
 from vla_bench.models.heads.fast import FASTCodec
