@@ -290,7 +290,7 @@ def fingerprint_differences(ours: Mapping, theirs: Mapping, where: str = "") -> 
             lines.append(f"{name} is {a!r} now and was {b!r}")
     return lines
 
-# %% ../../nbs/evaluation/10_rollout.ipynb #e6a9d0d6
+# %% ../../nbs/evaluation/10_rollout.ipynb #62700f2c
 RENAMED_PROTOCOL_KEYS = {"execute_steps": "n_action_steps"}  # as written by version 0.1.0, and now
 
 
@@ -355,7 +355,7 @@ def _check_same_evaluation(folder: Path, fingerprint: Mapping[str, Any]) -> None
             f"\nMove or delete that folder, or evaluate into another one (rm -r {folder})"
         )  # fmt: skip
 
-# %% ../../nbs/evaluation/10_rollout.ipynb #3b024a7b
+# %% ../../nbs/evaluation/10_rollout.ipynb #c63b1edb
 @patch
 def append(self: EpisodeLog, record: Mapping[str, Any]) -> None:
     """One finished episode, on the disk when this returns."""
@@ -391,7 +391,7 @@ def recording_path(
     """Where the recording of an episode is kept."""
     return Path(out_dir) / "videos" / f"{episode_spec.task}_{episode_spec.episode}.npz"
 
-# %% ../../nbs/evaluation/10_rollout.ipynb #43104815
+# %% ../../nbs/evaluation/10_rollout.ipynb #7230a1c0
 def _run_episodes(rollouts: Iterator[Rollout], workers: Sequence, finish: Callable[[Rollout], None]) -> None:
     active = {}
 
@@ -446,7 +446,7 @@ def _run_all(
         for worker in workers:
             worker.close()
 
-# %% ../../nbs/evaluation/10_rollout.ipynb #32e91f75
+# %% ../../nbs/evaluation/10_rollout.ipynb #f7895046
 def _keep(
     rollout: Rollout,
     log: EpisodeLog,
