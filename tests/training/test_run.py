@@ -4,6 +4,8 @@ import pytest
 
 from vla_bench.config import ConfigError, load_config
 from vla_bench.models.backbones.tiny_composed import write_tiny_composed
+from vla_bench.models.heads.mlp import MLPHead
+from vla_bench.registry import HEADS
 from vla_bench.training.checkpoint import latest_checkpoint
 from vla_bench.training.imitation import train
 from vla_bench.training.run import set_up
@@ -113,3 +115,47 @@ def test_bins_are_refused_numbers_that_lie_outside(config, framework, modes, fie
 def test_bins_take_numbers_that_lie_inside(config, framework, modes, field, reader):
     bounded = modes_text(modes).replace("mean_std", "q99").replace("identity", "binary")
     assert set_up(config(bounded, framework)).step == 0
+
+
+@pytest.fixture
+def tanh_head(monkeypatch):
+    """Registers, for one test, a head of this file whose actions end at ±1."""
+    monkeypatch.setattr(HEADS, "classes", dict(HEADS.classes))
+
+    @HEADS.register("Tanh")
+    class TanhHead(MLPHead):
+        """The MLP head with bounded actions."""
+
+        input_range = (-1.0, 1.0)
+
+        def sample(self, features, noise=None):
+            """Normalised actions in [-1, 1]."""
+            return super().sample(features, noise).tanh()
+
+    return TanhHead
+
+
+TANH = "--framework.action_model.type Tanh"
+
+
+@pytest.mark.parametrize("mode", ["mean_std", "[min_max,q99,identity]"])
+def test_any_head_that_declares_a_range_is_refused_numbers_outside(config, tanh_head, mode):
+    with pytest.raises(ConfigError, match="normalization.action is .*the head TanhHead .*min_max or q99"):
+        set_up(config(f"{TANH} --datasets.vla_data.normalization.action {mode}"))
+
+
+@pytest.mark.parametrize("mode", ["min_max", "q99", "[min_max,q99,binary]"])
+def test_any_head_that_declares_a_range_takes_numbers_inside(config, tanh_head, mode):
+    run = set_up(config(f"{TANH} --datasets.vla_data.normalization.action {mode}"))
+    assert type(run.framework.action_model) is tanh_head
+
+
+def test_a_range_that_no_mode_reaches_is_refused_without_naming_one(config, tanh_head, monkeypatch):
+    monkeypatch.setattr(tanh_head, "input_range", (0.0, 1.0))
+    with pytest.raises(ConfigError, match=r"reads numbers in \[0, 1\] .*scale the data to that range"):
+        set_up(config(f"{TANH} --datasets.vla_data.normalization.action min_max"))
+
+
+def test_a_head_that_declares_no_range_takes_any_numbers(config, tanh_head, monkeypatch):
+    monkeypatch.setattr(tanh_head, "input_range", None)
+    assert set_up(config(f"{TANH} --datasets.vla_data.normalization.action mean_std")).step == 0
