@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .files import write_whole
 from .registry import FRAMEWORKS, RegistryError, suggest
 from .settings import get_setting
 
@@ -215,9 +216,8 @@ class Config:
 
     def save(self, path: str | Path) -> None:
         """The whole tree, resolved, as YAML; written whole or not at all."""
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
-        temporary.write_text(OmegaConf.to_yaml(self._tree, resolve=True), encoding="utf-8")
-        os.replace(temporary, path)
+        with write_whole(path) as temporary:
+            temporary.write_text(OmegaConf.to_yaml(self._tree, resolve=True), encoding="utf-8")
 
     def __repr__(self) -> str:
         node = _select(self._tree, self._prefix) if self._prefix else self._tree
