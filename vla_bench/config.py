@@ -69,7 +69,12 @@ def _typed(key: str, text: str, present: Any) -> Any:
     return value
 
 # %% ../nbs/20_config.ipynb #52e0702f
-KEY_ALIASES = {"framework.framework_py": "framework.name", "framework.qwenvl": "framework.vlm"}
+KEY_ALIASES = {
+    "framework.framework_py": "framework.name",
+    "framework.qwenvl": "framework.vlm",
+    "evaluation.replan_steps": "evaluation.n_action_steps",
+    "evaluation.execute_steps": "evaluation.n_action_steps",  # ours, up to version 0.1.0
+}
 MODULE_ALIASES = {"qwen_vl_interface": "vlm"}
 MODULE_LISTS = ("trainer.freeze_modules", "trainer.reload_modules")
 
@@ -281,6 +286,8 @@ def load_config(
     given = parse_overrides(overrides)
     for spelling in sorted(given, key=lambda k: canonical_key(k) != "framework.name"):
         key = _through_interpolations(tree, canonical_key(spelling))
+        if key in spellings:
+            raise ConfigError(f"{spellings[key]!r} and {spelling!r} are the same key; give one of them")
         value = _typed(spelling, given[spelling], _select(tree, key))
         value = canonical_modules(value) if key in MODULE_LISTS else value
         _make_room(tree, key)
