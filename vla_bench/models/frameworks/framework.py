@@ -115,6 +115,24 @@ def check_head(
             f"one of {fits}, or framework.action_model.type to {cls.default_head!r}"
         )
 
+# %% ../../../nbs/models/frameworks/02_framework.ipynb #27281ac8
+@patch
+def part(self: Framework, name: str) -> list[nn.Parameter]:
+    """The weights of the vision_backbone, projector or llm_backbone. Raises `ValueError` for one that is not apart."""
+    return self.vlm.part(name)
+
+
+@patch
+def stored(self: Framework) -> dict[str, Any]:
+    """The framework's own arguments as a checkpoint keeps them, where they differ from what was given."""
+    return {}
+
+
+@patch
+def fsdp_classes(self: Framework) -> set[type[nn.Module]]:
+    """Blocks to shard, of the backbone and of the head; may be empty."""
+    return self.vlm.layer_classes() | self.action_model.layer_classes()
+
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #d14b666a
 @patch
 def read(self: Framework, batch: dict[str, Any]) -> Features:
@@ -212,24 +230,6 @@ def attention_maps(
     inputs = batch["inputs"]
     is_image, grids = self.vlm.image_token_mask(inputs), self.vlm.image_grids(inputs)
     return attention_map(weights, is_image, grids, self.vlm.words(inputs, batch["lang"]))
-
-# %% ../../../nbs/models/frameworks/02_framework.ipynb #27281ac8
-@patch
-def part(self: Framework, name: str) -> list[nn.Parameter]:
-    """The weights of the vision_backbone, projector or llm_backbone. Raises `ValueError` for one that is not apart."""
-    return self.vlm.part(name)
-
-
-@patch
-def stored(self: Framework) -> dict[str, Any]:
-    """The framework's own arguments as a checkpoint keeps them, where they differ from what was given."""
-    return {}
-
-
-@patch
-def fsdp_classes(self: Framework) -> set[type[nn.Module]]:
-    """Blocks to shard, of the backbone and of the head; may be empty."""
-    return self.vlm.layer_classes() | self.action_model.layer_classes()
 
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #3f06d024
 @patch

@@ -61,7 +61,7 @@ class PI0(Framework):
 
     def features(self, batch: dict[str, Any]) -> Features:
         """Keys and values of every layer, over the prompt: the prefix, run once."""
-        if self.training and self.vlm.model.is_gradient_checkpointing:
+        if self.training and self.vlm.model.get_decoder().gradient_checkpointing:
             raise ValueError(
                 f"{type(self).__name__} trains through the backbone's keys and values, which transformers drops under "
                 f"gradient checkpointing; switch it off for the backbone (the expert's layers may be checkpointed)"
