@@ -1,4 +1,4 @@
-"""π0 with time in the norms and the state in the sentence
+"""π0 with time in the norms and the state in the prompt
 
 Docs: https://vla-bench.github.io/vla_bench/models/frameworks/pi05.html.md"""
 
