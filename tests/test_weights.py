@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 from vla_bench.data.normalize import Normalizer, load_statistics, save_statistics
 from vla_bench.models.backbones.eagle import compose_eagle
 from vla_bench.models.backbones.tiny import CORPUS, write_tiny
-from vla_bench.models.backbones.tiny_composed import write_tiny_parts
+from vla_bench.models.backbones.tiny_composed import write_tiny_component
 from vla_bench.models.interop.convert import PolicySettings, convert, main, policy_spec
 from vla_bench.models.interop.fluxvla import from_fluxvla, remarks
 from vla_bench.models.frameworks.build import build_framework
@@ -544,7 +544,7 @@ def gr00t_checkpoint(robots=32):
 def eagle_checkpoint(folder, projector):
     """A tiny Eagle, and its weights under public names."""
     for kind in ("siglip", "qwen3"):
-        write_tiny_parts(kind, folder / kind, image_size=32, hidden_size=32, num_layers=2)
+        write_tiny_component(kind, folder / kind, image_size=32, hidden_size=32, num_layers=2)
     eagle = compose_eagle(folder / "siglip", folder / "qwen3", projector=projector)
     eagle.model.save_pretrained(folder / "eagle")
     eagle.save_config(folder / "eagle")
@@ -681,7 +681,7 @@ def timm_patches(w, prefix, pixels, heads, depth, approximate):
 
 def test_openvla_computes_the_same(tmp_path):
     for kind in ("dinov2_with_registers", "siglip", "llama"):
-        write_tiny_parts(kind, tmp_path / kind, image_size=32, hidden_size=32, num_layers=3)
+        write_tiny_component(kind, tmp_path / kind, image_size=32, hidden_size=32, num_layers=3)
     llama = LlamaForCausalLM.from_pretrained(tmp_path / "llama").eval()
     llama.resize_token_embeddings(448, mean_resizing=False)
     w = {f"language_model.{name}": t.clone() for name, t in llama.state_dict().items()}

@@ -205,7 +205,7 @@ def check_backbone(config: FrameworkConfig) -> None:
     backbone = backbone_class(vlm["base_vlm"]) if "base_vlm" in vlm else BACKBONES.get("Prismatic")
     check_loading(backbone, **{key: vlm[key] for key in LOADING_KEYS if key in vlm})
     head = HEADS.get(config.action_model["type"])
-    if reason := backbone.lacks.get(head.reads):
+    if reason := backbone.unsupported_reads.get(head.reads):
         raise ValueError(
             f"{head.__name__} reads {head.reads!r}, which {backbone.__name__} cannot give: {reason}"
         )
@@ -341,7 +341,7 @@ def freeze_components(framework: nn.Module, config: FrameworkConfig) -> None:
         framework.action_model.requires_grad_(False)
     for name in COMPONENTS:
         if getattr(config, f"freeze_{name}"):
-            for parameter in framework.part(name):
+            for parameter in framework.component(name):
                 parameter.requires_grad_(False)
 
 # %% ../../../nbs/models/frameworks/01_build.ipynb #79945210

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from fastcore.basics import patch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from ...data.sample import Sample
 from ..attention_map import AttentionMap, attention_map
-from ..backbones.tokens import last_valid
+from ..backbones.tokens import last_state
 from ..backbones.vlm import VLM
+from ..backbones.weights_file import load_weights, without_init
 from ..features import Features
 from .build import build_framework, from_folder, read_section
 from .prepare import Prepare, to_device
@@ -117,9 +117,9 @@ def check_head(
 
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #27281ac8
 @patch
-def part(self: Framework, name: str) -> list[nn.Parameter]:
+def component(self: Framework, name: str) -> list[nn.Parameter]:
     """The weights of the vision_backbone, projector or llm_backbone. Raises `ValueError` for one that is not apart."""
-    return self.vlm.part(name)
+    return self.vlm.component(name)
 
 
 @patch
@@ -212,7 +212,7 @@ def prompt_attention(
         return self.action_model.attention(features, self.draw_noise(features, generator))
     maps = self.vlm(batch["inputs"], attention=True).attention
     rows = torch.stack([m.float().mean(1) for m in maps]).mean(0)  # [B, L, L]
-    return last_valid(rows, batch["inputs"]["attention_mask"])
+    return last_state(rows, batch["inputs"]["attention_mask"])
 
 
 @patch
@@ -255,13 +255,10 @@ def from_pretrained(
     folder = Path(folder)
     config = read_section(folder / "framework.json")
     dims = {name: config.pop(name) for name in ("action_dim", "state_dim")}
-    framework = build_framework(from_folder(config, folder, inference=inference), **dims, load_weights=False)
+    section = from_folder(config, folder, inference=inference)
+    with without_init():
+        framework = build_framework(section, **dims, load_weights=False)
     if not isinstance(framework, cls):
         raise ValueError(f"{folder} holds a {type(framework).__name__}, not a {cls.__name__}")
-    try:
-        load_model(framework, str(folder / "model.safetensors"), strict=True)
-    except (RuntimeError, SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{folder}/model.safetensors is damaged or does not fit framework.json: {error}"
-        ) from error
+    load_weights(framework, folder / "model.safetensors", "framework.json")
     return framework.eval()

@@ -81,12 +81,12 @@ class GR00T(Framework):
         hidden = torch.cat([patches, features.hidden], dim=1)
         return replace(features, hidden=hidden, mask=torch.cat([seen, features.mask], dim=1))
 
-    def part(self, name: str) -> list[nn.Parameter]:
-        """As `Framework.part`; System 1's vision encoder belongs to the vision_backbone."""
+    def component(self, name: str) -> list[nn.Parameter]:
+        """As `Framework.component`; System 1's vision encoder belongs to the vision_backbone."""
         own = []
         if name == "vision_backbone" and self.vision_encoder is not None:
             own = list(self.vision_encoder.parameters())
-        return super().part(name) + own
+        return super().component(name) + own
 
     def stored(self) -> dict[str, Any]:
         """The vision encoder as plain data, so that a checkpoint does not need its folder."""

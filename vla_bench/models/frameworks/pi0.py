@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backbones.unused_parameters import freeze_unread
+from ..backbones.unused_parameters import freeze_unused
 from ..backbones.vlm import VLM
 from ..features import Features
 from .describe import describe
@@ -44,7 +44,7 @@ class PI0(Framework):
 
     def __init__(self, vlm: VLM, head: ActionHead, prepare: Prepare):
         super().__init__(vlm, head, prepare)
-        self.unused = freeze_unread(vlm, keys_and_values, cache=True)
+        self.unused = freeze_unused(vlm, keys_and_values, cache=True)
 
     @classmethod
     def check_head(cls, head: type[ActionHead], arguments: Mapping[str, Any] | None = None) -> None:
