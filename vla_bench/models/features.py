@@ -27,12 +27,22 @@ class Features:
     # when asked for, per layer: keys and values [B, kv heads, L+K, head]
     cache: tuple[tuple[Tensor, Tensor], ...] | None = None
     next_position: Tensor | None = None  # long [B], behind the last token's position id; comes with `cache`
+    state: Tensor | None = None  # [B, S], normalised proprioception; put in by the framework
     embodiment: Tensor | None = None  # long [B], which robot a sample is from, where there are several
 
     @property
     def extra(self) -> Tensor:
         """The hidden states at the extra tokens, [B, K, H]."""
         return self.hidden[:, self.hidden.shape[1] - self.num_extra :]
+
+    def repeated(self, count: int) -> "Features":
+        """The hidden states, mask, state and embodiment of a batch that is repeated, repeats behind each other."""
+        if count == 1:
+            return self
+        repeat = lambda x: None if x is None else x.repeat(count, *[1] * (x.ndim - 1))
+        parts = (self.hidden, self.mask, self.state, self.embodiment)
+        hidden, mask, state, embodiment = map(repeat, parts)
+        return Features(hidden, mask, self.num_extra, state=state, embodiment=embodiment)
 
 # %% ../../nbs/models/00_features.ipynb #feat0010
 @dataclass(frozen=True)

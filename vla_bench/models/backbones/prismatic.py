@@ -32,8 +32,8 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
-from .llm import PROMPT
 from .component_loading import check_one_way
+from .llm import PROMPT
 from .vision import Pixels
 from .vlm import VLM, VLMPrepare
 from ...registry import BACKBONES, LLM_BACKBONES, PROJECTORS, VISION_BACKBONES, Registry

@@ -28,7 +28,7 @@ from vla_bench.models.backbones.loading import (
 )
 from ..backbones.vlm import VLM
 from .prepare import check_prompt
-from ..heads.head import ActionHead
+from ..heads.head import ActionHead, HeadSizes
 from ..interop.weights import load_mapped
 from ...registry import BACKBONES, FRAMEWORKS, HEADS, RegistryError, check_arguments, suggest
 
@@ -165,23 +165,27 @@ def build_framework(
     shared = FrameworkConfig(**shared_config)
     check_prompt(shared.prompt or cls.prompt, state_dim)
     in_prompt = "{state}" in (shared.prompt or cls.prompt)
-    sizes = {
-        "action_dim": shared.model_dim("action", action_dim),
-        "horizon": horizon,
-        "state_dim": 0 if in_prompt else shared.model_dim("state", state_dim) if state_dim else 0,
-    }
-    if shared.embodiments:
-        sizes["num_embodiments"] = len(shared.embodiments)
-    check_section(name, cls, vlm_config, head_config, sizes, rest, shared.inference_model)
+    robots = max(1, len(shared.embodiments))
+    if (asked := head_config.pop("num_embodiments", robots)) != robots:
+        raise RegistryError(
+            f"framework.action_model.num_embodiments is {asked!r}, framework.embodiments names {robots} robots; "
+            f"remove the first, it follows from the second"
+        )
+    check_section(name, cls, vlm_config, head_config, robots, rest, shared.inference_model)
     loading = dict(vlm_config)
     vlm = load_vlm(loading.pop("base_vlm", None), load_weights=load_weights, **loading)
-    context = {"input_size": vlm.hidden_size, **sizes}
-    if "backbone" in inspect.signature(HEADS.get(head_config["type"])).parameters:
-        context["backbone"] = vlm.sizes
-    head = HEADS.build(head_config, **context)
+    sizes = HeadSizes(
+        hidden_size=vlm.hidden_size,
+        action_dim=shared.model_dim("action", action_dim),
+        horizon=horizon,
+        state_dim=0 if in_prompt else shared.model_dim("state", state_dim) if state_dim else 0,
+        num_embodiments=robots,
+        backbone=vlm.sizes,
+    )
+    head = HEADS.build(head_config, sizes=sizes)
     other = {**head_config, **((shared.inference_model or {}).get("action_model") or {})}
     if other != head_config:
-        check_same_weights(head, other, context)
+        check_same_weights(head, other)
     framework = cls(vlm=vlm, action_model=head, **rest)
     robot = {"action_dim": action_dim, "state_dim": state_dim}
     framework.fit(**robot, prompt=shared.prompt, embodiments=shared.embodiments)
@@ -203,7 +207,7 @@ def check_section(
     cls: type[nn.Module],
     vlm: Mapping[str, Any],
     head_config: Mapping[str, Any],
-    sizes: Mapping[str, int],
+    num_embodiments: int,
     own: Mapping[str, Any],
     inference: Mapping[str, Any] | None = None,
 ) -> None:
@@ -215,8 +219,8 @@ def check_section(
     if odd := [key for key in own if key not in known]:
         raise RegistryError(f"framework {name!r} takes no argument {odd[0]!r}{suggest(odd[0], known)}")
     check_arguments(f"framework {name!r}", cls, {"vlm": None, "action_model": None, **own})
-    check_head_section(cls, head_config, sizes)
-    check_inference(cls, inference or {}, head_config, sizes)
+    check_head_section(cls, head_config, num_embodiments)
+    check_inference(cls, inference or {}, head_config, num_embodiments)
     head = HEADS.get(head_config["type"])
     vlm_class = BACKBONES.get("Prismatic") if "base_vlm" not in vlm else backbone_class(vlm["base_vlm"])
     check_loading(vlm_class, **{key: vlm[key] for key in LOADING_KEYS if key in vlm})
@@ -227,17 +231,15 @@ def check_section(
 
 
 def check_head_section(
-    cls: type[nn.Module], config: Mapping[str, Any], sizes: Mapping[str, int], where: str = "framework"
+    cls: type[nn.Module], config: Mapping[str, Any], num_embodiments: int, where: str = "framework"
 ) -> None:
     """Raises `RegistryError` or `ValueError` for a head that is unknown, misspelt or of another framework."""
     head = HEADS.get(config["type"])
     cls.check_head(head)
-    parameters = inspect.signature(head).parameters
-    if "num_embodiments" in sizes and "num_embodiments" not in parameters:
+    if num_embodiments > 1 and not head.embodiment_specific:
         raise ValueError(f"framework.embodiments: {head.__name__} has no encoders of its own for each robot")
     given = {key: value for key, value in config.items() if key != "type"}
-    context = {"backbone": None} if "backbone" in parameters else {}
-    arguments = {"input_size": 0, **sizes, **context, **given}
+    arguments = {"sizes": None, **given}
     check_arguments(f"{where}.action_model {config['type']!r}", head, arguments)
 
 
@@ -245,7 +247,7 @@ def check_inference(
     cls: type[nn.Module],
     inference: Mapping[str, Any],
     head_config: Mapping[str, Any],
-    sizes: Mapping[str, int],
+    num_embodiments: int,
 ) -> None:
     """Raises `RegistryError` or `ValueError` for an `inference_model` that would fail when the policy is used."""
     where = "framework.inference_model"
@@ -258,13 +260,13 @@ def check_inference(
         raise RegistryError(f"{where}.vlm may replace dtype and attn_implementation, not {odd[0]!r}")
     check_loading(VLM, **inference.get("vlm", {}), where=f"{where}.vlm")
     if "action_model" in inference:
-        check_head_section(cls, {**head_config, **inference["action_model"]}, sizes, where)
+        check_head_section(cls, {**head_config, **inference["action_model"]}, num_embodiments, where)
 
 
-def check_same_weights(head: ActionHead, config: Mapping[str, Any], context: Mapping[str, Any]) -> None:
+def check_same_weights(head: ActionHead, config: Mapping[str, Any]) -> None:
     """Raises `ValueError` for an inference head that a checkpoint of `head` would not fit."""
     with torch.device("meta"):
-        other = HEADS.build(config, **context)
+        other = HEADS.build(config, sizes=head.sizes)
     shapes = [
         {name: tuple(value.shape) for name, value in each.state_dict().items()} for each in (head, other)
     ]

@@ -100,7 +100,7 @@ class Pair(nn.Module):
             model_action_dim=head.action_dim,
             model_state_dim=head.state_dim,
             embodiments=self.embodiments,
-            codec=getattr(head, "codec", None),
+            codec=head.codec,
             preprocess_instruction=self.preprocess_instruction,
         )
 
@@ -136,30 +136,34 @@ class Framework(Pair):
 
     def prompt_attention(self, batch: dict[str, Any], generator: torch.Generator | None) -> Tensor:
         """Attention of the actions over the prompt's tokens, [B, L]: the head's, or the prompt's last token's."""
-        if hasattr(self.action_model, "attention"):
-            return self.action_model.attention(self.read(batch), batch.get("state"), generator=generator)
+        if self.action_model.offers_attention:
+            features = self.read(batch)
+            return self.action_model.attention(features, self.draw_noise(features, generator))
         maps = self.vlm(batch["inputs"], attention=True).attention
         rows = torch.stack([m.float().mean(1) for m in maps]).mean(0)  # [B, L, L]
         return last_valid(rows, batch["inputs"]["attention_mask"])
 
     def read(self, batch: dict[str, Any]) -> Features:
-        """What the head gets: the features, and which robot each sample is from."""
-        return replace(self.features(batch), embodiment=batch.get("embodiment"))
+        """What the head gets: the features, the state, and which robot each sample is from."""
+        return replace(self.features(batch), state=batch.get("state"), embodiment=batch.get("embodiment"))
+
+    def draw_noise(self, features: Features, generator: torch.Generator | None) -> Tensor | None:
+        """What the head samples from; None for a head that draws nothing."""
+        return self.action_model.draw_noise(len(features.mask), generator, features.mask.device)
 
     def training_loss(
         self, batch: dict[str, Any], noise: Tensor | None, time: Tensor | None
     ) -> dict[str, Tensor]:
         """The head's loss on what the backbone says."""
-        targets = batch["actions"], batch["action_is_pad"], batch.get("state")
-        return self.action_model.loss(self.read(batch), *targets, noise=noise, time=time)
+        return self.action_model.loss(self.read(batch), batch["actions"], batch["action_is_pad"], noise, time)
 
     def actions(
         self, batch: dict[str, Any], generator: torch.Generator | None, noise: Tensor | None
     ) -> Tensor:  # [B, T, the head's D]
         """The head's actions on what the backbone says."""
-        return self.action_model.sample(
-            self.read(batch), batch.get("state"), generator=generator, noise=noise
-        )
+        features = self.read(batch)
+        noise = self.draw_noise(features, generator) if noise is None else noise
+        return self.action_model.sample(features, noise)
 
     def forward(
         self,

@@ -29,7 +29,8 @@ class PI(Framework):
 
     def __init__(self, vlm: VLM, action_model: ActionHead):
         super().__init__(vlm, action_model)
-        read = getattr(action_model, "read_layers", range(vlm.num_layers))
+        layers = action_model.read_layers
+        read = range(vlm.num_layers) if layers is None else layers
         self.unread = freeze_unread(vlm, lambda features: [features.layers[i] for i in read], layers="all")
 
     def features(self, batch: dict[str, Any]) -> Features:

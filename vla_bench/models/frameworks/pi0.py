@@ -11,7 +11,6 @@ __all__ = ['keys_and_values', 'one_line', 'PI0', 'main']
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..backbones.unused_parameters import freeze_unread
@@ -44,7 +43,7 @@ class PI0(Framework):
 
     def __init__(self, vlm: VLM, action_model: ActionHead):
         super().__init__(vlm, action_model)
-        found = getattr(action_model, "adaptive_norm", self.adaptive_norm)
+        found = action_model.adaptive_norm
         if found != self.adaptive_norm:
             raise ValueError(
                 f"{type(self).__name__} needs framework.action_model.adaptive_norm: {str(self.adaptive_norm).lower()}; "
@@ -62,10 +61,6 @@ class PI0(Framework):
                 f"gradient checkpointing; switch it off for the backbone (the expert's layers may be checkpointed)"
             )
         return self.vlm(batch["inputs"], cache=True)
-
-    def prompt_attention(self, batch: dict[str, Any], generator: torch.Generator | None) -> Tensor:
-        """Where in the prefix the actions look, mean over layers, heads, actions and Euler steps: [B, L]."""
-        return self.action_model.attention(self.read(batch), batch.get("state"), generator=generator)
 
 # %% ../../../nbs/models/frameworks/70_pi0.ipynb #1fa93d9c
 def main(argv: Sequence[str] | None = None) -> None:

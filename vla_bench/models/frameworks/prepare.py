@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...data.sample import Sample, check_sample
 from ..backbones.vlm import VLMPrepare
-from ..heads.token_head import ActionCodec
+from ..heads.head import ActionCodec
 from ...registry import suggest
 
 # %% ../../../nbs/models/frameworks/00_prepare.ipynb #00b07706

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..features import BackboneSizes, Features
-from .head import ActionHead, at_least_one, check_shape, draw_noise
+from .head import ActionHead, HeadSizes, at_least_one, check_shape, gaussian_noise
 from vla_bench.models.layers.expert import (
     AdaptiveRMSNorm,
     ExpertLayer,
@@ -42,15 +42,15 @@ class Expert(ActionHead):
 
     def __init__(
         self,
+        sizes: HeadSizes,
         *,
-        backbone: BackboneSizes,
         hidden_size: int,
         intermediate_size: int,
         num_heads: int,
         adaptive_norm: bool,
-        **rest: int,  # sizes of `ActionHead`
     ):
-        super().__init__(**rest)
+        super().__init__(sizes)
+        backbone = sizes.backbone
         check_expert_sizes(backbone, hidden_size, num_heads)
         self.backbone = backbone
         self.layers = nn.ModuleList(
@@ -120,8 +120,8 @@ def check_expert_sizes(backbone: BackboneSizes, hidden_size: int, num_heads: int
 class ExpertVelocity(Expert):
     """Noisy actions and time to a velocity, in π0's way or, with adaptive norms, in π0.5's."""
 
-    def __init__(self, *, hidden_size: int, adaptive_norm: bool, **rest):
-        super().__init__(hidden_size=hidden_size, adaptive_norm=adaptive_norm, **rest)
+    def __init__(self, sizes: HeadSizes, *, hidden_size: int, adaptive_norm: bool, **rest):
+        super().__init__(sizes, hidden_size=hidden_size, adaptive_norm=adaptive_norm, **rest)
         width, self.adaptive_norm = hidden_size, adaptive_norm
         self.action_in_proj = nn.Linear(self.action_dim, width)
         self.action_out_proj = nn.Linear(width, self.action_dim)
@@ -177,8 +177,12 @@ class ExpertVelocity(Expert):
 class ExpertFlow(ExpertVelocity):
     """The velocity, learnt by least squares and followed from noise to actions."""
 
-    def __init__(self, *, num_inference_timesteps: int, repeated_diffusion_steps: int, **rest):
-        super().__init__(**rest)
+    offers_attention = True
+
+    def __init__(
+        self, sizes: HeadSizes, *, num_inference_timesteps: int, repeated_diffusion_steps: int, **rest
+    ):
+        super().__init__(sizes, **rest)
         at_least_one(
             num_inference_timesteps=num_inference_timesteps, repeated_diffusion_steps=repeated_diffusion_steps
         )
@@ -189,8 +193,6 @@ class ExpertFlow(ExpertVelocity):
         features: Features,
         actions: Tensor,
         is_pad: Tensor,
-        state: Tensor | None = None,
-        *,
         noise: Tensor | None = None,  # [R·B, T, D], x_1; repeats lie behind each other
         time: Tensor | None = None,  # [R·B], 1 is noise
     ) -> dict[str, Tensor]:
@@ -198,7 +200,8 @@ class ExpertFlow(ExpertVelocity):
         self.check_actions(actions, is_pad)
         r = self.repeats
         context, actions = self.context(features).repeated(r), actions.float().repeat(r, 1, 1)
-        is_pad, state = is_pad.repeat(r, 1), None if state is None else state.repeat(r, 1)
+        is_pad, state = is_pad.repeat(r, 1), features.state
+        state = None if state is None else state.repeat(r, 1)
         noise = torch.randn_like(actions) if noise is None else check_shape("noise", noise, actions.shape)
         drawn = actions.shape[:1]
         time = sample_time(*drawn, actions.device) if time is None else check_shape("time", time, drawn)
@@ -210,31 +213,33 @@ class ExpertFlow(ExpertVelocity):
     def sample(
         self,
         features: Features,
-        state: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
         noise: Tensor | None = None,  # [B, T, D], x_1
     ) -> Tensor:
         """Normalised actions [B, T, D] after N Euler steps from noise."""
-        return self._integrate(features, state, generator, noise, maps=False)[0]
+        return self._integrate(features, noise, maps=False)[0]
 
     def attention(
         self,
         features: Features,
-        state: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:  # [B, L], sums to one per sample
         """Where in the prefix the actions look: mean over heads, layers, actions and Euler steps, as shares."""
-        looks = self._integrate(features, state, generator, noise, maps=True)[1]
+        looks = self._integrate(features, noise, maps=True)[1]
         prefix = looks[:, : features.mask.shape[1]]
         return prefix / prefix.sum(-1, keepdim=True)
 
-    def _integrate(self, features, state, generator, noise, maps) -> tuple[Tensor, Tensor | None]:
+    def draw_noise(
+        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:  # [B, T, D]
+        """Gaussian noise, x_1."""
+        return gaussian_noise((batch, self.horizon, self.action_dim), generator, device)
+
+    def _integrate(
+        self, features: Features, noise: Tensor | None, maps: bool
+    ) -> tuple[Tensor, Tensor | None]:
         shape, device = (len(features.mask), self.horizon, self.action_dim), features.mask.device
-        x = draw_noise(shape, generator, device) if noise is None else check_shape("noise", noise, shape)
-        context, token = self.context(features), self.state_token(state, len(features.mask))
+        x = self.draw_noise(shape[0], device=device) if noise is None else check_shape("noise", noise, shape)
+        context, token = self.context(features), self.state_token(features.state, len(features.mask))
         if token.shape[1]:  # the state sees no action: run once, it joins the context
             _, cache, _ = self.run(token, torch.ones(1, dtype=torch.bool, device=device), context)
             context = context.extended(cache)
@@ -253,12 +258,8 @@ class ActionExpertHead(ExpertFlow):
 
     def __init__(
         self,
+        sizes: HeadSizes,
         *,
-        input_size: int,
-        action_dim: int,
-        horizon: int,
-        state_dim: int,
-        backbone: BackboneSizes,  # what must agree with the backbone; given by the framework
         hidden_size: int = 1024,  # width of the expert
         intermediate_size: int = 4096,  # of its feed-forward
         num_heads: int = 8,  # query heads; a multiple of the backbone's key-value heads
@@ -267,11 +268,7 @@ class ActionExpertHead(ExpertFlow):
         repeated_diffusion_steps: int = 1,  # draws of noise and time per sample and step, R
     ):
         super().__init__(
-            input_size=input_size,
-            action_dim=action_dim,
-            horizon=horizon,
-            state_dim=state_dim,
-            backbone=backbone,
+            sizes,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
             num_heads=num_heads,

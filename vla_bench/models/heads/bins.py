@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .fast import valid_lengths
+from .head import HeadSizes
 from .token_head import TokenHead
 from ...registry import HEADS
 
@@ -72,19 +73,17 @@ class BinsCodec:
 class BinsHead(TokenHead):
     """The language model says every number of the chunk as one of `num_bins` words (OpenVLA, §3.2)."""
 
+    input_range = (-1.0, 1.0)
+
     def __init__(
         self,
+        sizes: HeadSizes,
         *,
-        input_size: int,
-        action_dim: int,
-        horizon: int,
-        state_dim: int,
         num_bins: int = 256,
         first_token_id: int | None = None,  # code i is this + i; None to count down from the end
         skip: int = 0,  # rows at the end of the vocabulary that are left alone
         descending: bool = True,  # code i is V - skip - 1 - i, as in OpenVLA
     ):
         placing = {"first_token_id": first_token_id, "skip": skip, "descending": descending}
-        sizes = {"action_dim": action_dim, "horizon": horizon}
-        super().__init__(input_size=input_size, state_dim=state_dim, **sizes, **placing)
-        self.codec = BinsCodec(**sizes, num_bins=num_bins)
+        super().__init__(sizes, **placing)
+        self.codec = BinsCodec(horizon=sizes.horizon, action_dim=sizes.action_dim, num_bins=num_bins)

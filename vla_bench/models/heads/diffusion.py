@@ -8,14 +8,20 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/diffusion.html.md"""
 __all__ = ['SAMPLERS', 'squared_cosine', 'step_back', 'inference_steps', 'Denoiser', 'check_range', 'DiffusionHead']
 
 # %% ../../../nbs/models/heads/70_diffusion.ipynb #c1531108
-import itertools
 import math
 
 import torch
 from torch import Tensor, nn
 
 from ..features import Features
-from .head import ActionHead, check_choice, check_shape, check_sizes, draw_noise
+from vla_bench.models.heads.head import (
+    ActionHead,
+    HeadSizes,
+    check_choice,
+    check_shape,
+    check_sizes,
+    gaussian_noise,
+)
 from ..layers.dit import DiT, DiTBlock
 from ..layers.transformer import StateToken
 from ...registry import HEADS
@@ -63,32 +69,30 @@ class Denoiser(nn.Module):
 
     def __init__(
         self,
-        input_size: int,  # of the backbone's hidden states, H
-        action_dim: int,
-        horizon: int,
-        state_dim: int,
+        sizes: HeadSizes,
         width: int,
         layers: int,
         heads: int,
         dropout: float,
     ):
         super().__init__()
-        self.dit = DiT(width, heads, layers, input_size, dropout)
-        self.state_in = StateToken(state_dim, width)
-        self.action_in = nn.Linear(action_dim, width)
-        self.positions = nn.Parameter(0.5 * torch.randn(horizon, width))  # as loud as the embedded actions
-        self.action_out = nn.Sequential(nn.GELU(), nn.Linear(width, action_dim))
+        self.dit = DiT(width, heads, layers, sizes.hidden_size, dropout)
+        self.state_in = StateToken(sizes.state_dim, width)
+        self.action_in = nn.Linear(sizes.action_dim, width)
+        self.positions = nn.Parameter(
+            0.5 * torch.randn(sizes.horizon, width)
+        )  # as loud as the embedded actions
+        self.action_out = nn.Sequential(nn.GELU(), nn.Linear(width, sizes.action_dim))
 
     def forward(
         self,
         noisy: Tensor,  # [B, T, D], x_k
         step: Tensor,  # long [B], k
         features: Features,
-        state: Tensor | None,  # [B, S]
         maps: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:  # [B, T, D]; cross-attention of the actions, [B, heads, T, L] per block
         """What the network says about the chunk."""
-        tokens = [self.state_in(state, noisy), self.action_in(noisy) + self.positions]
+        tokens = [self.state_in(features.state, noisy), self.action_in(noisy) + self.positions]
         out, weights = self.dit(torch.cat(tokens, 1), step, features.hidden, features.mask, maps)
         horizon = noisy.shape[1]
         return self.action_out(out[:, -horizon:]).float(), [w[:, :, -horizon:] for w in weights]
@@ -115,14 +119,12 @@ class DiffusionHead(ActionHead):
     """Denoising diffusion with a diffusion transformer on the last hidden states (arXiv 2303.04137)."""
 
     reads = "last"
+    offers_attention = True
 
     def __init__(
         self,
+        sizes: HeadSizes,
         *,
-        input_size: int,
-        action_dim: int,
-        horizon: int,
-        state_dim: int,
         hidden_size: int = 768,  # width of the transformer; 768 is DiT-B
         num_layers: int = 16,
         num_heads: int = 12,
@@ -134,7 +136,7 @@ class DiffusionHead(ActionHead):
         clip_sample: float | None = None,  # guessed actions are held within ± this; 1 after min_max
         repeated_diffusion_steps: int = 8,  # draws of noise and time per sample and step
     ):
-        super().__init__(input_size=input_size, action_dim=action_dim, horizon=horizon, state_dim=state_dim)
+        super().__init__(sizes)
         self.prediction = check_choice("prediction", prediction, ("sample", "epsilon"))
         self.sampler = check_choice("sampler", sampler, SAMPLERS)
         usual = min(SAMPLERS[sampler] or num_train_timesteps, num_train_timesteps)
@@ -153,17 +155,13 @@ class DiffusionHead(ActionHead):
                 f"1.0 after min_max"
             )
         self.schedule = squared_cosine(num_train_timesteps)
-        self.network = Denoiser(
-            input_size, action_dim, horizon, state_dim, hidden_size, num_layers, num_heads, dropout
-        )
+        self.network = Denoiser(sizes, hidden_size, num_layers, num_heads, dropout)
 
     def loss(
         self,
         features: Features,
         actions: Tensor,
         is_pad: Tensor,
-        state: Tensor | None = None,
-        *,
         noise: Tensor | None = None,  # [R·B, T, D], R = repeated_diffusion_steps; repeats behind each other
         time: Tensor | None = None,  # long [R·B], the steps k, 0 … N-1
     ) -> dict[str, Tensor]:
@@ -172,7 +170,6 @@ class DiffusionHead(ActionHead):
         if self.clip is not None:
             check_range(actions[~is_pad][:, : self.valid_action_dim], self.clip)
         r = self.repeats
-        repeated = Features(features.hidden.repeat(r, 1, 1), features.mask.repeat(r, 1))
         actions = self._shown(actions.float()).masked_fill(is_pad[..., None], 0.0).repeat(r, 1, 1)
         is_pad = is_pad.repeat(r, 1)
         why = f": repeated_diffusion_steps={r} draws per sample"
@@ -184,7 +181,7 @@ class DiffusionHead(ActionHead):
         self._check_steps(check_shape("time", time, actions.shape[:1], why))
         left = torch.tensor(self.schedule, device=actions.device)[time][:, None, None]
         noisy = left.sqrt() * actions + (1 - left).sqrt() * noise
-        predicted, _ = self.network(noisy, time, repeated, None if state is None else state.repeat(r, 1))
+        predicted, _ = self.network(noisy, time, features.repeated(r))
         target = noise if self.prediction == "epsilon" else actions
         return {"action_loss": self.mean((predicted - target) ** 2, is_pad)}
 
@@ -202,37 +199,40 @@ class DiffusionHead(ActionHead):
     def sample(
         self,
         features: Features,
-        state: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,  # of what `noise` leaves open
         noise: Tensor
         | None = None,  # [B, T, D], x_N; or with ddpm [B, K, T, D], x_N and each step's but the last
     ) -> Tensor:
         """Normalised actions [B, T, D] after K steps from noise; 0 in dimensions that the robot does not have."""
-        return self._denoise(features, state, generator, noise, maps=False)[0]
+        return self._denoise(features, noise, maps=False)[0]
 
     def attention(
         self,
         features: Features,
-        state: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:  # [B, L], sums to one per sample
         """Where the action tokens look: cross-attention, mean over heads, blocks, actions and steps."""
-        return self._denoise(features, state, generator, noise, maps=True)[1]
+        return self._denoise(features, noise, maps=True)[1]
 
-    def _denoise(self, features, state, generator, noise, maps) -> tuple[Tensor, Tensor]:
-        shape, device = (len(features.hidden), self.horizon, self.action_dim), features.hidden.device
-        stochastic, every = self.sampler == "ddpm", (shape[0], self.steps, *shape[1:])
-        if noise is not None:
-            noise = check_shape("noise", noise, every if stochastic and noise.ndim == 4 else shape).float()
-        given = [] if noise is None else list(noise.unbind(1)) if noise.ndim == 4 else [noise]
-        draws = itertools.chain(given, (draw_noise(shape, generator, device) for _ in itertools.count()))
+    def draw_noise(
+        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:  # [B, T, D], or with ddpm [B, K, T, D]
+        """Gaussian noise: where sampling starts, and with ddpm that of every step but the last."""
+        draws = self.steps if self.sampler == "ddpm" else 1
+        shape = (batch, self.horizon, self.action_dim)
+        noise = torch.stack([gaussian_noise(shape, generator, device) for _ in range(draws)], dim=1)
+        return noise if self.sampler == "ddpm" else noise[:, 0]
+
+    def _denoise(self, features: Features, noise: Tensor | None, maps: bool) -> tuple[Tensor, Tensor]:
+        device, shape = features.hidden.device, (len(features.hidden), self.horizon, self.action_dim)
+        noise = self.draw_noise(shape[0], device=device) if noise is None else noise
+        stochastic = self.sampler == "ddpm"
+        expected = (shape[0], self.steps, *shape[1:]) if stochastic else shape
+        noise = check_shape("noise", noise, expected).float()
+        draws = iter(noise.unbind(1) if stochastic else [noise])
         x = next(draws)
         steps, collected = inference_steps(self.train_steps, self.steps), []
         for k, before in zip(steps, [*steps[1:], None]):
-            said, weights = self.network(x, torch.full(shape[:1], k, device=device), features, state, maps)
+            said, weights = self.network(x, torch.full(shape[:1], k, device=device), features, maps)
             fresh = next(draws) if stochastic and before is not None else None
             then = 1.0 if before is None else self.schedule[before]
             x = step_back(x, self._clean(x, said, self.schedule[k]), self.schedule[k], then, fresh)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..features import Features
-from .head import ActionHead, check_choice, check_shape, check_sizes
+from .head import ActionHead, HeadSizes, check_choice, check_shape, check_sizes
 from ..layers.transformer import StateToken, TransformerBlock
 from ...registry import HEADS
 
@@ -130,9 +130,7 @@ class MaskedTransformer(nn.Module):
 
     def __init__(
         self,
-        input_size: int,  # of the backbone's hidden states, H
-        tokens: int,  # N = T·D
-        state_dim: int,
+        sizes: HeadSizes,  # N = T·D tokens
         bins: int,  # the code `bins` stands for a hidden token
         width: int,
         layers: int,
@@ -140,13 +138,13 @@ class MaskedTransformer(nn.Module):
         dropout: float,
     ):
         super().__init__()
-        self.state_in = StateToken(state_dim, width)
+        self.state_in = StateToken(sizes.state_dim, width)
         self.codes = nn.Embedding(bins + 1, width)
         self.positions = nn.Parameter(
-            torch.randn(tokens, width)
+            torch.randn(sizes.horizon * sizes.action_dim, width)
         )  # as loud as the codes: hidden tokens differ in it
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, heads, input_size, dropout) for _ in range(layers)
+            TransformerBlock(width, heads, sizes.hidden_size, dropout) for _ in range(layers)
         )
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, bins))
 
@@ -155,13 +153,12 @@ class MaskedTransformer(nn.Module):
         tokens: Tensor,  # long [B, N]
         present: Tensor,  # bool [N], tokens of dimensions that the robot has; the others are not looked at
         features: Features,
-        state: Tensor | None,  # [B, S]
         maps: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:  # logits [B, N, bins]; cross-attention, [B, heads, N, L] per block
         """What each token may be."""
         count, collected = tokens.shape[1], []
         x = self.codes(tokens) + self.positions
-        x = torch.cat([self.state_in(state, x), x], dim=1)
+        x = torch.cat([self.state_in(features.state, x), x], dim=1)
         keys = F.pad(present, (x.shape[1] - count, 0), value=True).expand(len(x), -1)
         for block in self.blocks:
             x, weights = block(x, keys, features.hidden, features.mask, maps)
@@ -175,14 +172,12 @@ class DiscreteDiffusionHead(ActionHead):
     """Masked tokens filled in over a few rounds (MaskGIT, arXiv 2202.04200; for actions arXiv 2508.20072)."""
 
     reads = "last"
+    offers_attention = True
 
     def __init__(
         self,
+        sizes: HeadSizes,
         *,
-        input_size: int,
-        action_dim: int,
-        horizon: int,
-        state_dim: int,
         hidden_size: int = 512,
         num_layers: int = 6,
         num_heads: int = 8,
@@ -197,7 +192,7 @@ class DiscreteDiffusionHead(ActionHead):
         choice_temperature: float = 4.5,  # of the Gumbel noise on the order, fading to 0; 0 for none
         repeated_diffusion_steps: int = 4,  # draws of noise and time per sample and step
     ):
-        super().__init__(input_size=input_size, action_dim=action_dim, horizon=horizon, state_dim=state_dim)
+        super().__init__(sizes)
         counts = {"num_layers": num_layers, "num_steps": num_steps}
         check_sizes(hidden_size, num_heads, counts | {"repeated_diffusion_steps": repeated_diffusion_steps})
         if min(temperature, choice_temperature) < 0:
@@ -207,10 +202,8 @@ class DiscreteDiffusionHead(ActionHead):
         self.confidence = check_choice("confidence", confidence, ("position", "token"))
         self.temperature, self.choice_temperature = temperature, choice_temperature
         self.rounds, self.repeats = num_steps, repeated_diffusion_steps
-        self.tokens = horizon * action_dim
-        self.network = MaskedTransformer(
-            input_size, self.tokens, state_dim, num_bins, hidden_size, num_layers, num_heads, dropout
-        )
+        self.tokens = sizes.horizon * sizes.action_dim
+        self.network = MaskedTransformer(sizes, num_bins, hidden_size, num_layers, num_heads, dropout)
 
     def present(self, device: torch.device) -> Tensor:
         """bool [T·D]: tokens of dimensions that the robot has."""
@@ -221,8 +214,6 @@ class DiscreteDiffusionHead(ActionHead):
         features: Features,
         actions: Tensor,
         is_pad: Tensor,
-        state: Tensor | None = None,
-        *,
         noise: Tensor | None = None,  # [R·B, T·D], uniform in [0, 1); R = repeated_diffusion_steps
         time: Tensor | None = None,  # [R·B], u in [0, 1]; repeats of the batch lie behind each other
     ) -> dict[str, Tensor]:
@@ -242,8 +233,7 @@ class DiscreteDiffusionHead(ActionHead):
         time = uniform_noise("time", time, codes.shape[:1], None, device, why)
         hidden = hide(noise, time, valid)
         seen = torch.where(hidden | ~valid, self.blank, codes)
-        repeated = Features(features.hidden.repeat(r, 1, 1), features.mask.repeat(r, 1))
-        logits, _ = self.network(seen, present, repeated, None if state is None else state.repeat(r, 1))
+        logits, _ = self.network(seen, present, features.repeated(r))
         error = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none") * hidden
         error, hidden = (x.unflatten(1, (self.horizon, -1)) for x in (error, hidden.float()))
         return {"action_loss": self.mean(error, is_pad) / self.mean(hidden, is_pad)}
@@ -251,35 +241,35 @@ class DiscreteDiffusionHead(ActionHead):
     def sample(
         self,
         features: Features,
-        state: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
         noise: Tensor
         | None = None,  # [B, K, 2, T·D] uniform in [0, 1): per round, for the guesses and their order
     ) -> Tensor:
         """Normalised actions [B, T, D] after K rounds; 0 in dimensions that the robot does not have."""
-        return self._decode(features, state, generator, noise, maps=False)[0]
+        return self._decode(features, noise, maps=False)[0]
 
     def attention(
         self,
         features: Features,
-        state: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:  # [B, L], sums to one per sample
         """Where the action tokens look: cross-attention, mean over heads, blocks, tokens and rounds."""
-        return self._decode(features, state, generator, noise, maps=True)[1]
+        return self._decode(features, noise, maps=True)[1]
 
-    def _decode(self, features, state, generator, noise, maps) -> tuple[Tensor, Tensor]:
+    def draw_noise(
+        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:  # [B, K, 2, T·D]
+        """Uniform numbers: per round, for the guesses and their order."""
+        return uniform_noise("noise", None, (batch, self.rounds, 2, self.tokens), generator, device)
+
+    def _decode(self, features: Features, noise: Tensor | None, maps: bool) -> tuple[Tensor, Tensor]:
         batch, device = len(features.hidden), features.hidden.device
-        noise = uniform_noise("noise", noise, (batch, self.rounds, 2, self.tokens), generator, device)
+        noise = uniform_noise("noise", noise, (batch, self.rounds, 2, self.tokens), None, device)
         tokens = torch.full((batch, self.tokens), self.blank, device=device)
         present, collected = self.present(device), []
         wanted = self.horizon * self.valid_action_dim
         schedule = hidden_after(wanted, self.rounds)
         for k, left in enumerate(schedule):
-            logits, weights = self.network(tokens, present, features, state, maps)
+            logits, weights = self.network(tokens, present, features, maps)
             codes, sure = guess(logits, noise[:, k, 0], self.temperature, self.confidence)
             gumbel = -(-noise[:, k, 1].clamp(1e-9, 1 - 1e-7).log()).log()
             sure = sure + self.choice_temperature * (1 - (k + 1) / len(schedule)) * gumbel

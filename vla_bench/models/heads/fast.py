@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from ...config import cli_errors
 from ...data.lerobot import LeRobotDataset
 from ...data.normalize import MODES, Normalizer, compute_statistics
+from .head import HeadSizes
 from .token_head import TokenHead
 from ...registry import HEADS, suggest
 
@@ -339,11 +340,8 @@ class FASTHead(TokenHead):
 
     def __init__(
         self,
+        sizes: HeadSizes,
         *,
-        input_size: int,
-        action_dim: int,
-        horizon: int,
-        state_dim: int,
         tokenizer: str | None = None,  # folder or hub name; None for no merges, see `FASTCodec.unfitted`
         first_token_id: int | None = None,  # the word of token 0; None for the end of the vocabulary
         skip: int = 0,  # words at the end of the vocabulary that are left alone
@@ -351,12 +349,12 @@ class FASTHead(TokenHead):
         max_tokens: int | None = None,  # ends a generation that does not stop; None for the longest chunk
     ):
         placing = {"first_token_id": first_token_id, "skip": skip, "descending": descending}
-        sizes = {"horizon": horizon, "action_dim": action_dim}
-        super().__init__(input_size=input_size, state_dim=state_dim, **sizes, **placing)
+        super().__init__(sizes, **placing)
+        chunk = {"horizon": sizes.horizon, "action_dim": sizes.action_dim}
         if tokenizer is None:
-            self.codec = FASTCodec.unfitted(**sizes, max_tokens=max_tokens)
+            self.codec = FASTCodec.unfitted(**chunk, max_tokens=max_tokens)
         else:
-            self.codec = FASTCodec.from_pretrained(tokenizer, **sizes, max_tokens=max_tokens)
+            self.codec = FASTCodec.from_pretrained(tokenizer, **chunk, max_tokens=max_tokens)
 
 # %% ../../../nbs/models/heads/20_fast.ipynb #4ff143bc
 def action_windows(

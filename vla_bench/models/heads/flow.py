@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..features import Features
-from .head import ActionHead, at_least_one, check_shape
+from .head import ActionHead, HeadSizes, at_least_one, check_shape
 
 # %% ../../../nbs/models/heads/35_flow.ipynb #ca88f752
 TIME_SCALE = 0.999  # s: keeps a margin at the noisy end
@@ -41,16 +41,13 @@ class FlowLoss(ActionHead):
 
     def __init__(
         self,
+        sizes: HeadSizes,
         *,
-        input_size: int,
-        action_dim: int,
-        horizon: int,
-        state_dim: int,
         repeats: int,  # draws of noise and time per observation and training step, R
         steps: int,  # Euler steps, K
         compile: bool,  # whether to compile the sampler
     ):
-        super().__init__(input_size=input_size, action_dim=action_dim, horizon=horizon, state_dim=state_dim)
+        super().__init__(sizes)
         at_least_one(repeated_diffusion_steps=repeats, num_inference_timesteps=steps)
         self.repeats, self.steps, self.compiles = repeats, steps, compile
 
@@ -63,25 +60,22 @@ class FlowLoss(ActionHead):
         noisy: Tensor,  # [R·B, T, D], x_t
         time: Tensor,  # [R·B], in [0, 1]
         observed: Features,  # from `observe`, B rows
-        state: Tensor | None,  # [B, S]
         maps: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:  # [R·B, T, D] float32; per block, [R·B, heads, T, L]
         """v_θ(x_t, t | o), and the cross-attention of the actions."""
         raise NotImplementedError
 
     def velocity(
-        self, noisy: Tensor, time: Tensor, features: Features, state: Tensor | None, maps: bool = False
+        self, noisy: Tensor, time: Tensor, features: Features, maps: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         """`field` from the backbone's features, for a single look."""
-        return self.field(noisy, time, self.observe(features), state, maps)
+        return self.field(noisy, time, self.observe(features), maps)
 
     def loss(
         self,
         features: Features,
         actions: Tensor,
         is_pad: Tensor,
-        state: Tensor | None = None,
-        *,
         noise: Tensor | None = None,  # [R·B, T, D]; draws lie behind each other
         time: Tensor | None = None,  # [R·B]
     ) -> dict[str, Tensor]:
@@ -90,7 +84,7 @@ class FlowLoss(ActionHead):
         actions, is_pad = actions.float().repeat(self.repeats, 1, 1), is_pad.repeat(self.repeats, 1)
         noise, time = self._draw(actions, noise, time)
         t = time[:, None, None]
-        predicted, _ = self.velocity((1 - t) * noise + t * actions, time, features, state)
+        predicted, _ = self.velocity((1 - t) * noise + t * actions, time, features)
         return {"action_loss": self.mean((predicted - (actions - noise)) ** 2, is_pad)}
 
     def _draw(self, actions: Tensor, noise: Tensor | None, time: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -110,13 +104,13 @@ def _compiled(denoise: Callable, graphs: bool) -> Callable:
     return torch.compile(denoise, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else None)
 
 
-def run_compiled(head: FlowLoss, x: Tensor, observed: Features, state: Tensor | None) -> Tensor:
+def run_compiled(head: FlowLoss, x: Tensor, observed: Features) -> Tensor:
     """The head's `denoise`, compiled at the first call for a shape. Raises `RuntimeError` where that is not possible."""
     from torch._dynamo.exc import TorchDynamoException  # takes seconds to import
 
     try:
         # a CUDA graph writes every result to the same place, so the caller is given a copy
-        return _compiled(type(head).denoise, x.is_cuda)(head, x, observed, state).clone()
+        return _compiled(type(head).denoise, x.is_cuda)(head, x, observed).clone()
     except TorchDynamoException as error:
         reason = str(error).strip().partition("\n")[0]
         raise RuntimeError(

@@ -64,8 +64,6 @@ class Remembering(FlowTransformerHead):
         features: Features,
         actions: Tensor,
         is_pad: Tensor,
-        state: Tensor | None = None,
-        *,
         noise: Tensor | None = None,
         time: Tensor | None = None,
     ) -> dict[str, Tensor]:
@@ -75,10 +73,10 @@ class Remembering(FlowTransformerHead):
             f"whose parameters have the same names, and change the type afterwards"
         )
 
-    def denoise(self, x: Tensor, observed: Features, state: Tensor | None) -> Tensor:
+    def denoise(self, x: Tensor, observed: Features) -> Tensor:
         """From x_0 to x_1 in K steps over one memory and one schedule."""
         schedule, memory = make_schedule(self, x.device), remember(self.dit, self.contexts(observed))
-        prefix = self.prefix(observed, state)
+        prefix = self.prefix(observed)
         for k in range(self.steps):
             tokens = torch.cat([prefix, self.embed(x, schedule.waves[k : k + 1], observed)], dim=1)
             for block, modulation, known in zip(self.dit.blocks, schedule.modulations, memory):

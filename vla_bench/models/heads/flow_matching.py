@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..features import Features
 from .flow import FlowLoss, run_compiled, time_bucket
-from .head import at_least_one, check_shape, check_width, draw_noise
+from .head import HeadSizes, at_least_one, check_shape, check_width, gaussian_noise
 from ..layers.dit import DiT, DiTBlock, SelfAttentionBlock, VLSelfAttention, waves
 from ..layers.embodiment import check_embodiment, linear, mlp, tell
 from ...registry import HEADS
@@ -25,91 +25,86 @@ from ...registry import HEADS
 class FlowHead(FlowLoss):
     """Flow matching with any network: the loss, the sampler, and where the actions looked."""
 
+    offers_attention = True
+
     def sample(
         self,
         features: Features,
-        state: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
         noise: Tensor | None = None,  # [B, T, D], x_0
     ) -> Tensor:
         """Normalised actions [B, T, D] after K Euler steps from noise."""
-        x, observed = self._start(features, generator, noise), self.observe(features)
-        return run_compiled(self, x, observed, state) if self.compiles else self.denoise(x, observed, state)
+        x, observed = self._start(features, noise), self.observe(features)
+        return run_compiled(self, x, observed) if self.compiles else self.denoise(x, observed)
 
-    def denoise(self, x: Tensor, observed: Features, state: Tensor | None) -> Tensor:
+    def denoise(self, x: Tensor, observed: Features) -> Tensor:
         """From x_0 to x_1; the caller's x_0 stays as it was."""
         for k in range(self.steps):
             time = torch.full(x.shape[:1], k / self.steps, device=x.device)
-            x = x + self.field(x, time, observed, state)[0] / self.steps
+            x = x + self.field(x, time, observed)[0] / self.steps
         return x
 
     def attention(
         self,
         features: Features,
-        state: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:  # [B, L], sums to one per sample
         """Where the action tokens look: cross-attention, mean over heads, blocks, actions and Euler steps."""
-        x, observed, collected = self._start(features, generator, noise), self.observe(features), []
+        x, observed, collected = self._start(features, noise), self.observe(features), []
         for k in range(self.steps):
             time = torch.full(x.shape[:1], k / self.steps, device=x.device)
-            velocity, weights = self.field(x, time, observed, state, maps=True)
+            velocity, weights = self.field(x, time, observed, maps=True)
             x = x + velocity / self.steps
             collected += [w.mean((1, 2)) for w in weights]
         return torch.stack(collected).mean(0)
 
-    def _start(self, features: Features, generator: torch.Generator | None, noise: Tensor | None) -> Tensor:
+    def draw_noise(
+        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:  # [B, T, D]
+        """Gaussian noise, x_0."""
+        return gaussian_noise((batch, self.horizon, self.action_dim), generator, device)
+
+    def _start(self, features: Features, noise: Tensor | None) -> Tensor:
         shape, device = (len(features.hidden), self.horizon, self.action_dim), features.hidden.device
-        return draw_noise(shape, generator, device) if noise is None else check_shape("noise", noise, shape)
+        return (
+            self.draw_noise(shape[0], device=device) if noise is None else check_shape("noise", noise, shape)
+        )
 
 # %% ../../../nbs/models/heads/40_flow_matching.ipynb #a947a7ea
 class FlowTokens(FlowHead):
     """State, scratch tokens and noisy actions to tokens, and tokens to actions."""
 
+    embodiment_specific = True
+
     def __init__(
         self,
+        sizes: HeadSizes,
         *,
-        input_size: int,
-        action_dim: int,
-        horizon: int,
-        state_dim: int,
         dit: DiT,
         width: int,  # of its tokens
         output: int,  # of what it returns
         num_future_tokens: int,
         repeated_diffusion_steps: int,
         num_inference_timesteps: int,
-        num_embodiments: int,
         max_positions: int | None,
         mlp_size: int,
         compile: bool,
         state_token: bool = True,  # False: the state reaches the head in another way, such as the prompt
     ):
-        sizes = {
-            "input_size": input_size,
-            "action_dim": action_dim,
-            "horizon": horizon,
-            "state_dim": state_dim,
-        }
         super().__init__(
-            **sizes, repeats=repeated_diffusion_steps, steps=num_inference_timesteps, compile=compile
+            sizes, repeats=repeated_diffusion_steps, steps=num_inference_timesteps, compile=compile
         )
-        at_least_one(num_embodiments=num_embodiments)
-        rows, robots = max_positions or horizon, num_embodiments
-        if rows < horizon:
-            raise ValueError(f"max_positions={rows} is less than the {horizon} actions of a chunk")
+        rows, robots = max_positions or sizes.horizon, sizes.num_embodiments
+        if rows < sizes.horizon:
+            raise ValueError(f"max_positions={rows} is less than the {sizes.horizon} actions of a chunk")
         self.robots, self.dit = robots, dit
-        has_token = bool(state_dim) and state_token
-        self.state_encoder = mlp(state_dim, mlp_size, width, robots=robots) if has_token else None
-        self.action_in = linear(action_dim, width, robots)
+        has_token = bool(sizes.state_dim) and state_token
+        self.state_encoder = mlp(sizes.state_dim, mlp_size, width, robots=robots) if has_token else None
+        self.action_in = linear(sizes.action_dim, width, robots)
         self.action_time = mlp(2 * width, width, width, nn.SiLU, robots)
         scratch = 0.02 * torch.randn(num_future_tokens, width)
         self.future_tokens = nn.Parameter(scratch) if num_future_tokens else None
         self.positions = nn.Parameter(0.02 * torch.randn(rows, width))
-        self.action_out = mlp(output, mlp_size, action_dim, robots=robots)
+        self.action_out = mlp(output, mlp_size, sizes.action_dim, robots=robots)
 
     def observe(self, features: Features) -> Features:
         """The features, when they say which robot each sample is from, or need not."""
@@ -117,9 +112,9 @@ class FlowTokens(FlowHead):
             check_embodiment(features.embodiment, len(features.hidden), self.robots)
         return features
 
-    def prefix(self, observed: Features, state: Tensor | None) -> Tensor:  # [B, P, W]
+    def prefix(self, observed: Features) -> Tensor:  # [B, P, W]
         """The tokens in front of the actions; they depend on the observation alone."""
-        batch, tokens = len(observed.hidden), []
+        batch, state, tokens = len(observed.hidden), observed.state, []
         if self.state_encoder is not None:
             if state is None or tuple(state.shape) != (batch, self.state_dim):
                 found = "none" if state is None else list(state.shape)
@@ -160,12 +155,12 @@ class FlowTransformerHead(FlowTokens):
         raise NotImplementedError
 
     def field(
-        self, noisy: Tensor, time: Tensor, observed: Features, state: Tensor | None, maps: bool = False
+        self, noisy: Tensor, time: Tensor, observed: Features, maps: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         """v_θ(x_t, t | o) from the transformer's last T tokens."""
         bucket, draws = time_bucket(time), len(noisy) // len(observed.hidden)
         actions = self.embed(noisy, self.when(bucket), observed)
-        tokens = torch.cat([self.prefix(observed, state).repeat(draws, 1, 1), actions], dim=1)
+        tokens = torch.cat([self.prefix(observed).repeat(draws, 1, 1), actions], dim=1)
         out, weights = self.dit(tokens, bucket, self.contexts(observed), observed.mask, maps)
         velocity = self.decode(out[:, -self.horizon :], observed)
         return velocity, [w[:, :, -self.horizon :] for w in weights]
@@ -183,11 +178,8 @@ class FlowMatchingHead(FlowTransformerHead):
 
     def __init__(
         self,
+        sizes: HeadSizes,
         *,
-        input_size: int,
-        action_dim: int,
-        horizon: int,
-        state_dim: int,
         hidden_size: int = 768,  # width of the transformer; 768 is DiT-B
         num_layers: int = 16,
         num_heads: int = 12,
@@ -195,7 +187,6 @@ class FlowMatchingHead(FlowTransformerHead):
         dropout: float = 0.2,
         repeated_diffusion_steps: int = 8,  # draws of noise and time per sample and step, R
         num_inference_timesteps: int = 4,  # Euler steps, K
-        num_embodiments: int = 1,  # robots with encoders and a decoder of their own
         num_vl_layers: int = 0,  # self-attention on the backbone's states before they are looked at
         num_vl_heads: int | None = None,  # None: one per 64 of the backbone's width
         max_positions: int | None = None,  # rows of the table of positions; None is the horizon
@@ -203,20 +194,17 @@ class FlowMatchingHead(FlowTransformerHead):
         output_size: int | None = None,  # width between transformer and decoder; None is hidden_size
         compile: bool = False,  # compile the sampler, on a GPU into a CUDA graph
     ):
+        input_size = sizes.hidden_size
         check_width(hidden_size, num_heads)
         at_least_one(num_layers=num_layers)
         super().__init__(
-            input_size=input_size,
-            action_dim=action_dim,
-            horizon=horizon,
-            state_dim=state_dim,
-            dit=DiT(hidden_size, num_heads, num_layers, input_size, dropout, output=output_size),
+            sizes,
+            dit=DiT(hidden_size, num_heads, num_layers, sizes.hidden_size, dropout, output=output_size),
             width=hidden_size,
             output=output_size or hidden_size,
             num_future_tokens=num_future_tokens,
             repeated_diffusion_steps=repeated_diffusion_steps,
             num_inference_timesteps=num_inference_timesteps,
-            num_embodiments=num_embodiments,
             max_positions=max_positions,
             mlp_size=mlp_size or hidden_size,
             compile=compile,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..features import BackboneSizes, Features
 from .flow_matching import FlowTransformerHead
-from .head import at_least_one, check_width
+from .head import HeadSizes, at_least_one, check_width
 from ..layers.dit import DiT
 from ...registry import HEADS
 
@@ -69,12 +69,8 @@ class LayerwiseFlowMatchingHead(FlowTransformerHead):
 
     def __init__(
         self,
+        sizes: HeadSizes,
         *,
-        input_size: int,
-        action_dim: int,
-        horizon: int,
-        state_dim: int,
-        backbone: BackboneSizes,  # for the number of layers
         hidden_size: int | None = None,  # width of the transformer; None is the backbone's
         num_layers: int | None = None,  # None: as many as the backbone has
         num_heads: int | None = None,  # None: one per 64 of the width
@@ -85,22 +81,19 @@ class LayerwiseFlowMatchingHead(FlowTransformerHead):
         dropout: float = 0.2,
         repeated_diffusion_steps: int = 2,  # draws of noise and time per sample and step, R
         num_inference_timesteps: int = 4,  # Euler steps, K
-        num_embodiments: int = 1,  # robots with encoders and a decoder of their own
         max_positions: int | None = None,  # rows of the table of positions; None is the horizon
         mlp_size: int = 1024,  # inner width of state encoder and action decoder
         compile: bool = False,  # compile the sampler, on a GPU into a CUDA graph
     ):
+        input_size, backbone = sizes.hidden_size, sizes.backbone
         width, depth = hidden_size or input_size, layerwise_depth(num_layers, backbone)
         heads, mixes = num_heads or max(1, width // 64), interleave_self_attention and depth > 1
         check_width(width, heads)
         if not mixes:
-            refuse_unread(bool(state_dim) and state_token, num_future_tokens)
+            refuse_unread(bool(sizes.state_dim) and state_token, num_future_tokens)
         output = None if output_layer else 0
         super().__init__(
-            input_size=input_size,
-            action_dim=action_dim,
-            horizon=horizon,
-            state_dim=state_dim,
+            sizes,
             dit=DiT(width, heads, depth, width, dropout, interleave=interleave_self_attention, output=output),
             width=width,
             output=width,
@@ -108,7 +101,6 @@ class LayerwiseFlowMatchingHead(FlowTransformerHead):
             state_token=state_token,
             repeated_diffusion_steps=repeated_diffusion_steps,
             num_inference_timesteps=num_inference_timesteps,
-            num_embodiments=num_embodiments,
             max_positions=max_positions,
             mlp_size=mlp_size,
             compile=compile,

@@ -8,11 +8,10 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/mlp.html.md"""
 __all__ = ['ResidualMLP', 'MLPHead']
 
 # %% ../../../nbs/models/heads/10_mlp.ipynb #db29dd5e
-import torch
 from torch import Tensor, nn
 
 from ..features import Features
-from .head import ActionHead
+from .head import ActionHead, HeadSizes
 from ...registry import HEADS
 
 # %% ../../../nbs/models/heads/10_mlp.ipynb #ae1e7991
@@ -43,17 +42,15 @@ class MLPHead(ActionHead):
 
     def __init__(
         self,
+        sizes: HeadSizes,
         *,
-        input_size: int,
-        action_dim: int,
-        horizon: int,
-        state_dim: int,
         num_queries: int | None = None,  # K; must divide the horizon; None for one per action
         hidden_size: int | None = None,  # None for twice the input
         num_layers: int = 2,  # linear layers of the plain network
         num_residual_blocks: int = 0,  # n of the residual network instead; StarVLA and OpenVLA-OFT: 2
     ):
-        super().__init__(input_size=input_size, action_dim=action_dim, horizon=horizon, state_dim=state_dim)
+        super().__init__(sizes)
+        input_size, action_dim, horizon = sizes.hidden_size, sizes.action_dim, sizes.horizon
         self.num_queries = horizon if num_queries is None else num_queries
         if self.num_queries < 1 or horizon % self.num_queries:
             divisors = [k for k in range(1, horizon + 1) if horizon % k == 0]
@@ -79,8 +76,6 @@ class MLPHead(ActionHead):
         features: Features,
         actions: Tensor,
         is_pad: Tensor,
-        state: Tensor | None = None,
-        *,
         noise: Tensor | None = None,
         time: Tensor | None = None,
     ) -> dict[str, Tensor]:
@@ -91,9 +86,6 @@ class MLPHead(ActionHead):
     def sample(
         self,
         features: Features,
-        state: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
         """Normalised actions [B, T, D]; nothing is drawn."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..features import Features
-from .head import ActionHead, check_choice, check_sizes
+from .head import ActionHead, HeadSizes, check_choice, check_sizes
 from ..layers.transformer import StateToken, TransformerBlock
 from ...registry import HEADS
 
@@ -38,48 +38,40 @@ class TransformerHead(ActionHead):
 
     def __init__(
         self,
+        sizes: HeadSizes,
         *,
-        input_size: int,
-        action_dim: int,
-        horizon: int,
-        state_dim: int,
         hidden_size: int = 64,
         num_layers: int = 1,
         num_heads: int = 4,
         dropout: float = 0.0,
         loss: str = "mse",  # or "l1"
     ):
-        super().__init__(input_size=input_size, action_dim=action_dim, horizon=horizon, state_dim=state_dim)
+        super().__init__(sizes)
         check_sizes(hidden_size, num_heads, {"num_layers": num_layers})
         self.error = ERRORS[check_choice("loss", loss, ERRORS)]
-        self.state_in = StateToken(state_dim, hidden_size)
-        self.token_in = nn.Linear(input_size, hidden_size)
-        self.blanks = nn.Parameter(0.02 * torch.randn(horizon, hidden_size))
+        self.state_in = StateToken(sizes.state_dim, hidden_size)
+        self.token_in = nn.Linear(sizes.hidden_size, hidden_size)
+        self.blanks = nn.Parameter(0.02 * torch.randn(sizes.horizon, hidden_size))
         self.blocks = nn.ModuleList(
             TransformerBlock(hidden_size, num_heads, dropout=dropout) for _ in range(num_layers)
         )
-        self.out = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, action_dim))
+        self.out = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, sizes.action_dim))
 
     def loss(
         self,
         features: Features,
         actions: Tensor,
         is_pad: Tensor,
-        state: Tensor | None = None,
-        *,
         noise: Tensor | None = None,
         time: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """`action_loss`: the squared or absolute error over actions that are not padding."""
         self.check_actions(actions, is_pad)
-        return {"action_loss": self.mean(self.error(self.sample(features, state) - actions), is_pad)}
+        return {"action_loss": self.mean(self.error(self.sample(features) - actions), is_pad)}
 
     def sample(
         self,
         features: Features,
-        state: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
         """Normalised actions [B, T, D]; nothing is drawn."""
@@ -87,7 +79,7 @@ class TransformerHead(ActionHead):
         rows = torch.arange(len(hidden), device=hidden.device)
         last = self.token_in(hidden[rows, last_valid(features.mask)])[:, None]
         blanks = self.blanks.expand(len(hidden), -1, -1)
-        x = torch.cat([self.state_in(state, hidden), last, blanks], dim=1)
+        x = torch.cat([self.state_in(features.state, hidden), last, blanks], dim=1)
         for block in self.blocks:
             x, _ = block(x)
         return self.out(x[:, -self.horizon :]).float()
