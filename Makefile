@@ -83,6 +83,7 @@ format: setup
 	nbdev-export
 	nbdev-clean
 	for folder in experiments figures; do nbdev-clean --fname $$folder; done
+	cp nbs/templates/*.ipynb vla_bench/templates/
 
 lab: setup
 	jupyter lab nbs/index.ipynb
