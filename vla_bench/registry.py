@@ -6,7 +6,7 @@ Docs: https://vla-bench.github.io/vla_bench/registry.html.md"""
 
 # %% auto #0
 __all__ = ['EXTRAS', 'FRAMEWORKS', 'BACKBONES', 'VISION_BACKBONES', 'PROJECTORS', 'LLM_BACKBONES', 'HEADS', 'BENCHMARKS',
-           'RegistryError', 'suggest', 'Known', 'install_hint', 'Registry', 'check_arguments']
+           'RegistryError', 'suggest', 'Known', 'install_hint', 'check_arguments', 'Registry']
 
 # %% ../nbs/10_registry.ipynb #13f32b5c
 import importlib
@@ -57,6 +57,30 @@ def install_hint(
     """The command that installs a missing optional dependency."""
     top = missing.partition(".")[0]
     return f'pip install "vla_bench[{EXTRAS[top]}]"' if top in EXTRAS else f"pip install {top}"
+
+# %% ../nbs/10_registry.ipynb #7417550b
+def check_arguments(
+    what: str,  # named in the message
+    target: Callable,  # class or function about to be called
+    given: Mapping[str, Any],  # its keyword arguments
+) -> None:
+    """Raises `RegistryError` for arguments that `target` does not name or that it needs and are missing."""
+    parameters = inspect.signature(target).parameters
+    for name in given:
+        if name not in parameters:
+            raise RegistryError(f"{what} takes no argument {name!r}{suggest(name, parameters)}")
+    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    if missing := [n for n in needed if n not in given]:
+        raise RegistryError(f"{what} needs {', '.join(map(repr, missing))}")
+
+
+def _refuse_var_keyword(kind: str, name: str, cls: type) -> None:
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values()):
+        raise RegistryError(f"{kind} {name!r}: name every argument; **kwargs would swallow a misspelt one")
+
+
+def _edited(present: type, new: type) -> bool:
+    return present.__name__ == new.__name__ and "__main__" in (present.__module__, new.__module__)
 
 # %% ../nbs/10_registry.ipynb #7acb191a
 class Registry:
@@ -144,7 +168,7 @@ class Registry:
         self,
         config: Mapping
         | str,  # `type` names the class, every other key is an argument; a string is `type` alone
-        **context: Any,  # arguments that the surroundings give, such as the width of the backbone
+        **context: Any,  # arguments set from the backbone, such as its width
     ) -> Any:  # the instance
         """An instance from configuration. Raises `RegistryError` for unknown, repeated or missing arguments."""
         arguments = {"type": config} if isinstance(config, str) else dict(config)
@@ -153,33 +177,9 @@ class Registry:
         name = arguments.pop("type")
         cls = self.get(name)
         if both := sorted(arguments.keys() & context.keys()):
-            raise RegistryError(f"{self.kind} {name!r}: {both[0]!r} is set by the surroundings; remove it")
+            raise RegistryError(f"{self.kind} {name!r}: {both[0]!r} is set from the backbone; remove it")
         check_arguments(f"{self.kind} {name!r}", cls, {**arguments, **context})
         return cls(**arguments, **context)
-
-# %% ../nbs/10_registry.ipynb #7417550b
-def check_arguments(
-    what: str,  # named in the message
-    target: Callable,  # class or function about to be called
-    given: Mapping[str, Any],  # its keyword arguments
-) -> None:
-    """Raises `RegistryError` for arguments that `target` does not name or that it needs and are missing."""
-    parameters = inspect.signature(target).parameters
-    for name in given:
-        if name not in parameters:
-            raise RegistryError(f"{what} takes no argument {name!r}{suggest(name, parameters)}")
-    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
-    if missing := [n for n in needed if n not in given]:
-        raise RegistryError(f"{what} needs {', '.join(map(repr, missing))}")
-
-
-def _refuse_var_keyword(kind: str, name: str, cls: type) -> None:
-    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values()):
-        raise RegistryError(f"{kind} {name!r}: name every argument; **kwargs would swallow a misspelt one")
-
-
-def _edited(present: type, new: type) -> bool:
-    return present.__name__ == new.__name__ and "__main__" in (present.__module__, new.__module__)
 
 # %% ../nbs/10_registry.ipynb #77255835
 _MODELS = "vla_bench.models"
@@ -218,6 +218,8 @@ BACKBONES = Registry(
         "AnyVLM": Known(f"{_BACKBONES}.any_vlm", ("any",)),
     },
 )
+
+# %% ../nbs/10_registry.ipynb #bcda4ed1
 VISION_BACKBONES = Registry(
     "vision backbone",
     "vla_bench.vision_backbones",
