@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from vla_bench.models.backbones.loading import backbone_class
 from vla_bench.models.backbones.tiny import BUILDERS, write_tiny
 from vla_bench.models.backbones.tiny_composed import write_tiny_composed
-from vla_bench.models.backbones.loading import backbone_class
 from vla_bench.models.frameworks.build import build_framework
 from vla_bench.models.frameworks.framework import Framework
 from vla_bench.models.heads.fast import FASTCodec
@@ -143,7 +143,7 @@ def learn_by_heart(model: Framework, head: str, most: int = 600) -> tuple[float,
 @pytest.mark.parametrize(("backbone", "row"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 def test_a_pair(home, worker, backbone, row, tmp_path, monkeypatch):
     config, head = configuration(home, backbone, row), BRICKS[row][1]
-    reason = backbone_class(checkpoint(home, backbone)).lacks.get(HEADS.get(head).reads)
+    reason = backbone_class(checkpoint(home, backbone)).unsupported_reads.get(HEADS.get(head).reads)
     if reason:
         with pytest.raises(ValueError) as refused:
             build_framework(config, action_dim=D, state_dim=S)

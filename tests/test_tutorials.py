@@ -142,7 +142,7 @@ def test_the_grid_refuses_in_the_words_of_the_components():
         reads = HEADS.get(name).reads
         assert row["frameworks"] == [f for f in FRAMEWORKS.names() if FRAMEWORKS.get(f).reads == reads]
         for backbone, fits in row["fits"].items():
-            assert fits == BACKBONES.get(backbone).lacks.get(reads, True)
+            assert fits == BACKBONES.get(backbone).unsupported_reads.get(reads, True)
 
 
 def test_a_backbone_of_an_installed_package_is_found_by_its_model_type(tmp_path):

@@ -1,4 +1,4 @@
-"""Which parameters learn, how fast, and how the speed changes over a run
+"""Which parameters learn, how fast, and how the rate changes over a run
 
 Docs: https://vla-bench.github.io/vla_bench/training/optim.html.md"""
 
@@ -116,7 +116,7 @@ def rate_paths(
             )
         # modules are nested, so the deepest is the smallest; of two names of one module the longer
         found[name] = min(holding, key=lambda path: (len(held[path]), -len(path)))
-    # a module without weights, such as a head whose actions are words, may keep the rate of one that has some
+    # a module without weights, such as a head whose actions are tokens, may keep the rate of one that has some
     if idle := [path for path in rates if path and held[path] and path not in found.values()]:
         raise ConfigError(
             f"{key}.{idle[0]} is the rate of nothing, since deeper paths name all of its parameters"

@@ -122,7 +122,7 @@ class FrameworkConfig:
             framework.action_model.requires_grad_(False)
         for name in ("vision_backbone", "llm_backbone", "projector"):
             if getattr(self, f"freeze_{name}"):
-                for parameter in framework.part(name):
+                for parameter in framework.component(name):
                     parameter.requires_grad_(False)
 
     def load(self, framework: nn.Module) -> None:
@@ -224,7 +224,7 @@ def check_section(
     head = HEADS.get(head_config["type"])
     vlm_class = BACKBONES.get("Prismatic") if "base_vlm" not in vlm else backbone_class(vlm["base_vlm"])
     check_loading(vlm_class, **{key: vlm[key] for key in LOADING_KEYS if key in vlm})
-    if reason := vlm_class.lacks.get(head.reads):
+    if reason := vlm_class.unsupported_reads.get(head.reads):
         raise ValueError(
             f"{head.__name__} reads {head.reads!r}, which {vlm_class.__name__} cannot give: {reason}"
         )

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from ...data.sample import Sample
 from ..attention_map import AttentionMap, attention_map
-from ..backbones.tokens import last_valid
+from ..backbones.weights_file import load_weights, without_init
+from ..backbones.tokens import last_state
 from ..backbones.vlm import VLM
 from ..features import Features
 from .build import build_framework, from_folder, read_section
@@ -104,9 +104,9 @@ class Pair(nn.Module):
             preprocess_instruction=self.preprocess_instruction,
         )
 
-    def part(self, name: str) -> list[nn.Parameter]:
+    def component(self, name: str) -> list[nn.Parameter]:
         """The weights of the vision_backbone, projector or llm_backbone. Raises `ValueError` for one that is not apart."""
-        return self.vlm.part(name)
+        return self.vlm.component(name)
 
     def stored(self) -> dict[str, Any]:
         """The framework's own arguments as a checkpoint keeps them, where they differ from what was given."""
@@ -141,7 +141,7 @@ class Framework(Pair):
             return self.action_model.attention(features, self.draw_noise(features, generator))
         maps = self.vlm(batch["inputs"], attention=True).attention
         rows = torch.stack([m.float().mean(1) for m in maps]).mean(0)  # [B, L, L]
-        return last_valid(rows, batch["inputs"]["attention_mask"])
+        return last_state(rows, batch["inputs"]["attention_mask"])
 
     def read(self, batch: dict[str, Any]) -> Features:
         """What the head gets: the features, the state, and which robot each sample is from."""
@@ -222,15 +222,10 @@ class Framework(Pair):
         folder = Path(folder)
         config = read_section(folder / "framework.json")
         dims = {name: config.pop(name) for name in ("action_dim", "state_dim")}
-        framework = build_framework(
-            from_folder(config, folder, inference=inference), **dims, load_weights=False
-        )
+        section = from_folder(config, folder, inference=inference)
+        with without_init():
+            framework = build_framework(section, **dims, load_weights=False)
         if not isinstance(framework, cls):
             raise ValueError(f"{folder} holds a {type(framework).__name__}, not a {cls.__name__}")
-        try:
-            load_model(framework, str(folder / "model.safetensors"), strict=True)
-        except (RuntimeError, SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{folder}/model.safetensors is damaged or does not fit framework.json: {error}"
-            ) from error
+        load_weights(framework, folder / "model.safetensors", "framework.json")
         return framework.eval()

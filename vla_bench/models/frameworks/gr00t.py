@@ -69,10 +69,10 @@ class GR00T(Framework):
         if getattr(self, "eyes", None) is not None:
             self.prepare.more = {"pixels": CameraPixels(self.eyes.pixels)}
 
-    def part(self, name: str) -> list[nn.Parameter]:
+    def component(self, name: str) -> list[nn.Parameter]:
         """As `Framework.part`; the eyes belong to the vision_backbone."""
         own = list(self.eyes.parameters()) if name == "vision_backbone" and self.eyes is not None else []
-        return super().part(name) + own
+        return super().component(name) + own
 
     def stored(self) -> dict[str, Any]:
         """The eyes as plain data, so that a checkpoint needs no folder of theirs."""

@@ -11,7 +11,7 @@ __all__ = ['PI', 'main']
 from collections.abc import Sequence
 from typing import Any
 
-from ..backbones.unused_parameters import freeze_unread
+from ..backbones.unused_parameters import freeze_unused
 from ..backbones.vlm import VLM
 from ..features import Features
 from .describe import describe
@@ -31,7 +31,7 @@ class PI(Framework):
         super().__init__(vlm, action_model)
         layers = action_model.read_layers
         read = range(vlm.num_layers) if layers is None else layers
-        self.unread = freeze_unread(vlm, lambda features: [features.layers[i] for i in read], layers="all")
+        self.unread = freeze_unused(vlm, lambda features: [features.layers[i] for i in read], layers="all")
 
     def features(self, batch: dict[str, Any]) -> Features:
         """The hidden states of every layer and their mask."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backbones.unused_parameters import freeze_unread
+from ..backbones.unused_parameters import freeze_unused
 from ..backbones.vlm import VLM
 from ..features import Features
 from .describe import describe
@@ -49,7 +49,7 @@ class PI0(Framework):
                 f"{type(self).__name__} needs framework.action_model.adaptive_norm: {str(self.adaptive_norm).lower()}; "
                 f"with {str(found).lower()}, framework.name is {'PI05' if found else 'PI0'}"
             )
-        self.unread = freeze_unread(vlm, keys_and_values, cache=True)
+        self.unread = freeze_unused(vlm, keys_and_values, cache=True)
 
     def features(self, batch: dict[str, Any]) -> Features:
         """Keys and values of every layer, over the prompt: the prefix, run once."""
