@@ -169,6 +169,19 @@ def _nearest_key(key: str, known: set[str]) -> str:
     hint = f"; did you mean {same[0]!r}?" if same else suggest(key, known).partition("? ")[0] + "?"
     return hint if "did you mean" in hint else f"; keys that are read: {', '.join(sorted(known)) or 'none'}"
 
+# %% ../nbs/20_config.ipynb #97d3f912
+def _is_read(key: str, read: set[str]) -> bool:
+    return any(other == key or other.startswith(key + ".") for other in read)
+
+
+def _filled(cls: type[Settings], present: Mapping[str, Any], where: str, prefix: str) -> Settings:
+    """A dataclass with what is present. Raises `ConfigError` for a value of another type."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), present))
+    except OmegaConfBaseException as error:
+        key = ".".join(filter(None, (prefix, str(error.full_key or ""))))
+        raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from error
+
 # %% ../nbs/20_config.ipynb #cbcc94d3
 class Config:
     """A view of a configuration tree that remembers which keys were read. Keys are dotted; values resolved."""
@@ -246,17 +259,12 @@ class Config:
         known = [f.name for f in fields(cls)]
         for name in known:
             self._read.update(_below(self._tree, self._key(name)))
-        try:
-            typed = OmegaConf.merge(OmegaConf.structured(cls), {k: present[k] for k in known if k in present})
-            return OmegaConf.to_object(typed)
-        except OmegaConfBaseException as error:
-            key = self._key(str(error.full_key or ""))
-            raise ConfigError(f"{self._where}: {key}: {str(error).splitlines()[0]}") from error
+        return _filled(cls, {k: present[k] for k in known if k in present}, self._where, self._key(""))
 
     def require_read(self) -> None:
         """Raises `ConfigError` for a key from the command line that nothing has read; call it before step one."""
         for key, spelling in self._overrides.items():
-            if not any(read == key or read.startswith(key + ".") for read in self._read):
+            if not _is_read(key, self._read):
                 leaves = {k for k in self._read if not any(o.startswith(k + ".") for o in self._read)}
                 raise ConfigError(f"nothing reads {spelling!r}{_nearest_key(key, leaves - {key})}")
 

@@ -103,16 +103,8 @@ class Registry:
 
         def file(cls: type) -> type:
             _refuse_var_keyword(self.kind, name, cls)
+            _refuse_taken(self, name, cls, aliases)
             present = self.classes.get(name)
-            if present is not None and present is not cls and not _edited(present, cls):
-                raise RegistryError(
-                    f"{self.kind} {name!r} is already {present.__module__}.{present.__qualname__}"
-                )
-            entry = f"{cls.__module__}:{cls.__qualname__}"  # a plugin may be announced under its own alias
-            taken = {n for n in self.names() if n not in self.plugins() or self.plugins()[n].value != entry}
-            for alias in aliases:
-                if self.aliases.get(alias, name) != name or alias in taken:
-                    raise RegistryError(f"{self.kind} alias {alias!r} of {name!r} is already taken")
             if present is None or present.__module__ != "__main__" or cls.__module__ == "__main__":
                 self.classes[name] = cls
             self.aliases.update(dict.fromkeys(aliases, name))
@@ -144,25 +136,8 @@ class Registry:
         """The class behind a name or an alias, imported now if it was not yet."""
         name = self.canonical(name)
         if name not in self.classes:
-            self._load(name)
+            _load(self, name)
         return self.classes[name]
-
-    def _load(self, name: str) -> None:
-        try:
-            if name in self.known:
-                importlib.import_module(self.known[name].module)
-            else:
-                self.register(name)(self.plugins()[name].load())
-        except ModuleNotFoundError as error:
-            if (error.name or "").startswith("vla_bench"):
-                raise
-            raise RegistryError(
-                f"{self.kind} {name!r} needs {error.name!r}: {install_hint(error.name)}"
-            ) from error
-        if name not in self.classes:
-            raise RegistryError(
-                f"{self.known[name].module} was imported but registers no {self.kind} {name!r}"
-            )
 
     def build(
         self,
@@ -180,6 +155,33 @@ class Registry:
             raise RegistryError(f"{self.kind} {name!r}: {both[0]!r} is set from the backbone; remove it")
         check_arguments(f"{self.kind} {name!r}", cls, {**arguments, **context})
         return cls(**arguments, **context)
+
+# %% ../nbs/10_registry.ipynb #5c43522c
+def _refuse_taken(registry: Registry, name: str, cls: type, aliases: tuple[str, ...]) -> None:
+    present, kind = registry.classes.get(name), registry.kind
+    if present is not None and present is not cls and not _edited(present, cls):
+        raise RegistryError(f"{kind} {name!r} is already {present.__module__}.{present.__qualname__}")
+    entry = f"{cls.__module__}:{cls.__qualname__}"  # a plugin may be announced under its own alias
+    plugins = registry.plugins()
+    taken = {n for n in registry.names() if n not in plugins or plugins[n].value != entry}
+    for alias in aliases:
+        if registry.aliases.get(alias, name) != name or alias in taken:
+            raise RegistryError(f"{kind} alias {alias!r} of {name!r} is already taken")
+
+# %% ../nbs/10_registry.ipynb #9701ff37
+def _load(registry: Registry, name: str) -> None:
+    kind, known = registry.kind, registry.known
+    try:
+        if name in known:
+            importlib.import_module(known[name].module)
+        else:
+            registry.register(name)(registry.plugins()[name].load())
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("vla_bench"):
+            raise
+        raise RegistryError(f"{kind} {name!r} needs {error.name!r}: {install_hint(error.name)}") from error
+    if name not in registry.classes:
+        raise RegistryError(f"{known[name].module} was imported but registers no {kind} {name!r}")
 
 # %% ../nbs/10_registry.ipynb #77255835
 _MODELS = "vla_bench.models"
