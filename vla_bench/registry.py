@@ -162,12 +162,13 @@ def check_arguments(
     what: str,  # named in the message
     target: Callable,  # class or function about to be called
     given: Mapping[str, Any],  # its keyword arguments
+    also: Iterable[str] = (),  # names that are read elsewhere, for the suggestion
 ) -> None:
     """Raises `RegistryError` for arguments that `target` does not name or that it needs and are missing."""
     parameters = inspect.signature(target).parameters
     for name in given:
         if name not in parameters:
-            raise RegistryError(f"{what} takes no argument {name!r}{suggest(name, parameters)}")
+            raise RegistryError(f"{what} takes no argument {name!r}{suggest(name, [*parameters, *also])}")
     needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
     if missing := [n for n in needed if n not in given]:
         raise RegistryError(f"{what} needs {', '.join(map(repr, missing))}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from vla_bench.models.backbones.eagle import compose_eagle
-from vla_bench.models.backbones.tiny_composed import write_tiny_parts
+from vla_bench.models.backbones.tiny_composed import write_tiny_component
 
 D, S, T = 3, 4, 5  # numbers in an action and in a state, actions in a chunk
 
@@ -280,7 +280,7 @@ def gr00t_head_weights(robots: int = 32) -> tuple[dict[str, Tensor], dict[str, T
 def gr00t_checkpoint(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
     """Writes `eagle/`, the backbone's configuration, and `model.safetensors`; returns the Eagle and the head's weights."""
     for kind in ("siglip", "qwen3"):
-        write_tiny_parts(kind, folder / kind, image_size=32, hidden_size=32, num_layers=2)
+        write_tiny_component(kind, folder / kind, image_size=32, hidden_size=32, num_layers=2)
     eagle = compose_eagle(folder / "siglip", folder / "qwen3", projector="Linear")
     eagle.model.save_pretrained(folder / "eagle")
     eagle.save_config(folder / "eagle")

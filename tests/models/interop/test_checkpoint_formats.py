@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from vla_bench.data.normalize import load_statistics
-from vla_bench.models.backbones.tiny_composed import write_tiny_parts
+from vla_bench.models.backbones.tiny_composed import write_tiny_component
 from vla_bench.models.frameworks.framework import Framework
 from vla_bench.models.interop.convert import convert
 from vla_bench.models.interop.weights import LoadReport
@@ -287,7 +287,7 @@ def timm_patches(published, w, prefix, pixels, heads, depth, approximate) -> Ten
 def openvla(published, vlms, home) -> Converted:
     """Two shards with an index, statistics of two datasets in config.json."""
     for kind in ("dinov2_with_registers", "siglip", "llama"):
-        write_tiny_parts(kind, home / kind, image_size=32, hidden_size=32, num_layers=3)
+        write_tiny_component(kind, home / kind, image_size=32, hidden_size=32, num_layers=3)
     llama = LlamaForCausalLM.from_pretrained(home / "llama").eval()
     llama.resize_token_embeddings(448, mean_resizing=False)
     w = {f"language_model.{name}": t.clone() for name, t in llama.state_dict().items()}

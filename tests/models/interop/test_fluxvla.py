@@ -9,7 +9,7 @@ import torch
 from vla_bench.config import ConfigError, load_config
 from vla_bench.models.backbones.eagle import compose_eagle
 from vla_bench.models.backbones.tiny import write_tiny
-from vla_bench.models.backbones.tiny_composed import write_tiny_parts
+from vla_bench.models.backbones.tiny_composed import write_tiny_component
 from vla_bench.models.frameworks.build import build_framework
 from vla_bench.models.frameworks.framework import Framework
 from vla_bench.models.interop.fluxvla import from_fluxvla, main, read_fluxvla_config, remarks
@@ -166,7 +166,7 @@ def home(tmp_path_factory) -> Path:
     """Every configuration above, with the paths of tiny models."""
     home = tmp_path_factory.mktemp("fluxvla")
     for part in ("siglip", "qwen3", "dinov2_with_registers", "llama"):
-        write_tiny_parts(part, home / part, image_size=32, hidden_size=32, num_layers=2)
+        write_tiny_component(part, home / part, image_size=32, hidden_size=32, num_layers=2)
     eagle = compose_eagle(home / "siglip", home / "qwen3", projector="Linear")
     eagle.model.save_pretrained(home / "eagle")
     eagle.save_config(home / "eagle")
