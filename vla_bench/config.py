@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .files import write_whole
 from .registry import FRAMEWORKS, RegistryError, suggest
 from .settings import get_setting
 
@@ -122,6 +123,65 @@ def _canonical_tree(raw: DictConfig, where: str) -> DictConfig:
             OmegaConf.update(tree, key, value, force_add=True)
     return tree
 
+# %% ../nbs/20_config.ipynb #72dd77f1
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+
+
+def _select(tree: DictConfig, key: str) -> Any:
+    """The node or value at a key, `None` when absent. Raises `ConfigError` for an interpolation that leads nowhere."""
+    try:
+        return OmegaConf.select(tree, key)
+    except (OmegaConfBaseException, KeyError) as error:
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+
+# %% ../nbs/20_config.ipynb #5a8a8058
+def _behind(tree: DictConfig, key: str) -> set[str]:
+    """Keys that are read when `key` is, because it or a parent is an interpolation of them."""
+    found: set[str] = set()
+    parts = key.split(".")
+    raw: Any = OmegaConf.to_container(tree)
+    for depth, part in enumerate(parts):
+        raw = raw.get(part) if isinstance(raw, Mapping) else None
+        if isinstance(raw, str) and "${" in raw:
+            text = raw
+            while match := _REFERENCE.search(text):
+                found |= {match[1], *_behind(tree, match[1])}
+                last = match[0] == text
+                rest = ".".join(parts[depth + 1 :])
+                if last and rest:
+                    found |= {f"{match[1]}.{rest}", *_behind(tree, f"{match[1]}.{rest}")}
+                text = text.replace(match[0], str(_select(tree, match[1])) if not last else "")
+    return found
+
+# %% ../nbs/20_config.ipynb #70189083
+def _below(tree: DictConfig, key: str) -> set[str]:
+    """Every leaf under a key, and what each reads through interpolations."""
+    node = _select(tree, key) if key else tree
+    inside = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else None
+    leaves = {f"{key}.{leaf}".strip(".") for leaf, _ in _leaves(inside)} if inside else {key}
+    return leaves.union(*(_behind(tree, leaf) for leaf in leaves))
+
+
+def _nearest_key(key: str, known: set[str]) -> str:
+    """The hint for an unread key: the nearest full key, or a key of the same name elsewhere."""
+    name = key.rpartition(".")[2]
+    same = [k for k in sorted(known) if k.rpartition(".")[2] == name]
+    hint = f"; did you mean {same[0]!r}?" if same else suggest(key, known).partition("? ")[0] + "?"
+    return hint if "did you mean" in hint else f"; keys that are read: {', '.join(sorted(known)) or 'none'}"
+
+# %% ../nbs/20_config.ipynb #97d3f912
+def _is_read(key: str, read: set[str]) -> bool:
+    return any(other == key or other.startswith(key + ".") for other in read)
+
+
+def _filled(cls: type[Settings], present: Mapping[str, Any], where: str, prefix: str) -> Settings:
+    """A dataclass with what is present. Raises `ConfigError` for a value of another type."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), present))
+    except OmegaConfBaseException as error:
+        key = ".".join(filter(None, (prefix, str(error.full_key or ""))))
+        raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from error
+
 # %% ../nbs/20_config.ipynb #cbcc94d3
 class Config:
     """A view of a configuration tree that remembers which keys were read. Keys are dotted; values resolved."""
@@ -199,75 +259,78 @@ class Config:
         known = [f.name for f in fields(cls)]
         for name in known:
             self._read.update(_below(self._tree, self._key(name)))
-        try:
-            typed = OmegaConf.merge(OmegaConf.structured(cls), {k: present[k] for k in known if k in present})
-            return OmegaConf.to_object(typed)
-        except OmegaConfBaseException as error:
-            key = self._key(str(error.full_key or ""))
-            raise ConfigError(f"{self._where}: {key}: {str(error).splitlines()[0]}") from error
+        return _filled(cls, {k: present[k] for k in known if k in present}, self._where, self._key(""))
 
     def require_read(self) -> None:
         """Raises `ConfigError` for a key from the command line that nothing has read; call it before step one."""
         for key, spelling in self._overrides.items():
-            if not any(read == key or read.startswith(key + ".") for read in self._read):
+            if not _is_read(key, self._read):
                 leaves = {k for k in self._read if not any(o.startswith(k + ".") for o in self._read)}
                 raise ConfigError(f"nothing reads {spelling!r}{_nearest_key(key, leaves - {key})}")
 
     def save(self, path: str | Path) -> None:
         """The whole tree, resolved, as YAML; written whole or not at all."""
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
-        temporary.write_text(OmegaConf.to_yaml(self._tree, resolve=True), encoding="utf-8")
-        os.replace(temporary, path)
+        with write_whole(path) as temporary:
+            temporary.write_text(OmegaConf.to_yaml(self._tree, resolve=True), encoding="utf-8")
 
     def __repr__(self) -> str:
         node = _select(self._tree, self._prefix) if self._prefix else self._tree
         return OmegaConf.to_yaml(node).rstrip() if isinstance(node, DictConfig) else "{}"
 
-# %% ../nbs/20_config.ipynb #81a87730
-_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
-
-
-def _select(tree: DictConfig, key: str) -> Any:
-    """The node or value at a key, `None` when absent. Raises `ConfigError` for an interpolation that leads nowhere."""
+# %% ../nbs/20_config.ipynb #c180edd9
+def _read_yaml(source: str | Path) -> DictConfig:
+    path = Path(source)
+    path = path / "config.yaml" if path.is_dir() else path
+    if not path.is_file():
+        beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"no configuration at {path}{suggest(path.name, beside)}")
     try:
-        return OmegaConf.select(tree, key)
-    except (OmegaConfBaseException, KeyError) as error:
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+        tree = OmegaConf.load(path)
+    except Exception as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"{path} must hold a mapping of keys to values")
+    return tree
 
+# %% ../nbs/20_config.ipynb #ee0484e8
+def _canonical_framework(tree: DictConfig) -> None:
+    name = OmegaConf.select(tree, "framework.name")
+    if name is not None:
+        try:
+            tree.framework.name = FRAMEWORKS.canonical(str(name))
+        except RegistryError as error:
+            try:  # a later cell may register it; but what is interpolated by its name must be there
+                OmegaConf.to_container(tree.framework, resolve=True)
+            except OmegaConfBaseException:
+                raise ConfigError(f"framework.name: {error}") from error
 
-def _behind(tree: DictConfig, key: str) -> set[str]:
-    """Keys that are read when `key` is, because it or a parent is an interpolation of them."""
-    found: set[str] = set()
+# %% ../nbs/20_config.ipynb #8774fca2
+def _through_interpolations(tree: DictConfig, key: str) -> str:
+    """Where an override really lands: `framework.action_model.x` in `heads.OFT.x` when it is interpolated so."""
     parts = key.split(".")
-    raw: Any = OmegaConf.to_container(tree)
-    for depth, part in enumerate(parts):
-        raw = raw.get(part) if isinstance(raw, Mapping) else None
-        if isinstance(raw, str) and "${" in raw:
-            text = raw
-            while match := _REFERENCE.search(text):
-                found |= {match[1], *_behind(tree, match[1])}
-                last = match[0] == text
-                rest = ".".join(parts[depth + 1 :])
-                if last and rest:
-                    found |= {f"{match[1]}.{rest}", *_behind(tree, f"{match[1]}.{rest}")}
-                text = text.replace(match[0], str(_select(tree, match[1])) if not last else "")
-    return found
+    for depth in range(1, len(parts)):
+        parent, name = ".".join(parts[: depth - 1]), parts[depth - 1]
+        node = OmegaConf.select(tree, parent) if parent else tree
+        if isinstance(node, DictConfig) and name in node and OmegaConf.is_interpolation(node, name):
+            raw = OmegaConf.to_container(node)[name]
+            while (match := _REFERENCE.search(raw)) and match[0] != raw:
+                raw = raw.replace(match[0], str(OmegaConf.select(tree, match[1])))
+            if match:
+                return _through_interpolations(tree, ".".join([match[1], *parts[depth:]]))
+    return key
 
-
-def _below(tree: DictConfig, key: str) -> set[str]:
-    """Every leaf under a key, and what each reads through interpolations."""
-    node = _select(tree, key) if key else tree
-    inside = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else None
-    leaves = {f"{key}.{leaf}".strip(".") for leaf, _ in _leaves(inside)} if inside else {key}
-    return leaves.union(*(_behind(tree, leaf) for leaf in leaves))
-
-
-def _nearest_key(key: str, known: set[str]) -> str:
-    """The hint for an unread key: the nearest full key, or a key of the same name elsewhere."""
-    name = key.rpartition(".")[2]
-    same = [k for k in sorted(known) if k.rpartition(".")[2] == name]
-    hint = f"; did you mean {same[0]!r}?" if same else suggest(key, known).partition("? ")[0] + "?"
-    return hint if "did you mean" in hint else f"; keys that are read: {', '.join(sorted(known)) or 'none'}"
+# %% ../nbs/20_config.ipynb #021e27aa
+def _make_room(tree: DictConfig, key: str) -> None:
+    """A key below a plain value: learning rates become `{base: value}`, anything else would be lost and is refused."""
+    parts = key.split(".")
+    for depth in range(1, len(parts)):
+        parent = ".".join(parts[:depth])
+        value = _select(tree, parent)
+        if value is None or isinstance(value, DictConfig):
+            continue
+        if not parent.startswith("trainer.learning_rate"):
+            raise ConfigError(f"{key!r} cannot be set: {parent!r} is the value {value!r}, not a section")
+        OmegaConf.update(tree, parent, {"base": value})
 
 # %% ../nbs/20_config.ipynb #76fae5c9
 def load_config(
@@ -295,61 +358,6 @@ def load_config(
         _canonical_framework(tree)
         spellings[key] = spelling
     return Config(tree, overrides=spellings, where=where)
-
-
-def _make_room(tree: DictConfig, key: str) -> None:
-    """A key below a plain value: learning rates become `{base: value}`, anything else would be lost and is refused."""
-    parts = key.split(".")
-    for depth in range(1, len(parts)):
-        parent = ".".join(parts[:depth])
-        value = _select(tree, parent)
-        if value is None or isinstance(value, DictConfig):
-            continue
-        if not parent.startswith("trainer.learning_rate"):
-            raise ConfigError(f"{key!r} cannot be set: {parent!r} is the value {value!r}, not a section")
-        OmegaConf.update(tree, parent, {"base": value})
-
-
-def _read_yaml(source: str | Path) -> DictConfig:
-    path = Path(source)
-    path = path / "config.yaml" if path.is_dir() else path
-    if not path.is_file():
-        beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"no configuration at {path}{suggest(path.name, beside)}")
-    try:
-        tree = OmegaConf.load(path)
-    except Exception as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(tree, DictConfig):
-        raise ConfigError(f"{path} must hold a mapping of keys to values")
-    return tree
-
-
-def _canonical_framework(tree: DictConfig) -> None:
-    name = OmegaConf.select(tree, "framework.name")
-    if name is not None:
-        try:
-            tree.framework.name = FRAMEWORKS.canonical(str(name))
-        except RegistryError as error:
-            try:  # a later cell may register it; but what is interpolated by its name must be there
-                OmegaConf.to_container(tree.framework, resolve=True)
-            except OmegaConfBaseException:
-                raise ConfigError(f"framework.name: {error}") from error
-
-
-def _through_interpolations(tree: DictConfig, key: str) -> str:
-    """Where an override really lands: `framework.action_model.x` in `heads.OFT.x` when it is interpolated so."""
-    parts = key.split(".")
-    for depth in range(1, len(parts)):
-        parent, name = ".".join(parts[: depth - 1]), parts[depth - 1]
-        node = OmegaConf.select(tree, parent) if parent else tree
-        if isinstance(node, DictConfig) and name in node and OmegaConf.is_interpolation(node, name):
-            raw = OmegaConf.to_container(node)[name]
-            while (match := _REFERENCE.search(raw)) and match[0] != raw:
-                raw = raw.replace(match[0], str(OmegaConf.select(tree, match[1])))
-            if match:
-                return _through_interpolations(tree, ".".join([match[1], *parts[depth:]]))
-    return key
 
 # %% ../nbs/20_config.ipynb #0758c6c2
 @contextmanager

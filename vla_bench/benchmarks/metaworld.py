@@ -187,7 +187,14 @@ class Simulator:
         observation[:36] = np.tile(current, 2)
         return observation
 
-# %% ../../nbs/benchmarks/10_metaworld.ipynb #815a8301
+    def close(self) -> None:
+        """Frees the rendering context now; left to the garbage collector it complains at exit."""
+        if self.renderer is not None:
+            self.renderer.close()
+        self.renderer = None
+        self.env.close()
+
+# %% ../../nbs/benchmarks/10_metaworld.ipynb #9e6d6d2d
 @patch
 def step(self: Simulator, action: np.ndarray) -> tuple[np.ndarray, bool]:
     """Moves by `action` [4], clipped to [-1, 1] as MetaWorld does; returns the observation and success."""
@@ -199,15 +206,6 @@ def step(self: Simulator, action: np.ndarray) -> tuple[np.ndarray, bool]:
 def state(self: Simulator) -> np.ndarray:
     """Hand position (metres, world frame) and gripper opening (0 to 1): float64 [4]."""
     return self.env._get_curr_obs_combined_no_goal()[:4]
-
-
-@patch
-def close(self: Simulator) -> None:
-    """Frees the rendering context now; left to the garbage collector it complains at exit."""
-    if self.renderer is not None:
-        self.renderer.close()
-    self.renderer = None
-    self.env.close()
 
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #e0d64894
 @patch

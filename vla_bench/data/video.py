@@ -79,7 +79,7 @@ def open_video(
         yield VideoWriter(Path(path), container, stream)
         container.mux(stream.encode())  # what the encoder still holds
 
-
+# %% ../../nbs/data/30_video.ipynb #7a987500
 def write_video(
     path: str | Path,
     frames: Sequence[np.ndarray],  # uint8 [T, H, W, 3] RGB, T > 0

@@ -306,6 +306,20 @@ def write_episodes_v3(
         table.replace_schema_metadata({b"pandas": json.dumps(_PANDAS_TASKS).encode()}), meta / "tasks.parquet"
     )
 
+# %% ../../nbs/data/40_writer.ipynb #86d48604
+def _check_target(root: Path, version: str, cameras: Mapping) -> None:
+    if version not in VERSIONS:
+        raise ValueError(f"unknown version {version!r}{suggest(version, VERSIONS)}")
+    if root.exists() and any(root.iterdir()):
+        raise FileExistsError(f"{root} is not empty; choose another folder or delete it")
+    if not cameras:
+        raise ValueError("a dataset for policies needs at least one camera")
+
+
+def _row_schema(layouts: Mapping[str, Layout]) -> pa.Schema:
+    vectors = [(name, pa.list_(pa.float32(), layout.dim)) for name, layout in layouts.items()]
+    return pa.schema([*vectors, *((n, pa.type_for_alias(dtype)) for n, dtype in INDEX_FEATURES.items())])
+
 # %% ../../nbs/data/40_writer.ipynb #c99e8fb1
 class LeRobotWriter:
     """Writes a LeRobot dataset episode by episode; a context manager.
@@ -340,20 +354,6 @@ class LeRobotWriter:
         self._open = ExitStack()  # holds the shard
         self.schema = _row_schema(self.layouts)
         (self.root / "meta").mkdir(parents=True, exist_ok=True)
-
-
-def _check_target(root: Path, version: str, cameras: Mapping) -> None:
-    if version not in VERSIONS:
-        raise ValueError(f"unknown version {version!r}{suggest(version, VERSIONS)}")
-    if root.exists() and any(root.iterdir()):
-        raise FileExistsError(f"{root} is not empty; choose another folder or delete it")
-    if not cameras:
-        raise ValueError("a dataset for policies needs at least one camera")
-
-
-def _row_schema(layouts: Mapping[str, Layout]) -> pa.Schema:
-    vectors = [(name, pa.list_(pa.float32(), layout.dim)) for name, layout in layouts.items()]
-    return pa.schema([*vectors, *((n, pa.type_for_alias(dtype)) for n, dtype in INDEX_FEATURES.items())])
 
 # %% ../../nbs/data/40_writer.ipynb #7bab6fad
 @patch

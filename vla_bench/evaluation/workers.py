@@ -60,6 +60,13 @@ class EpisodeRunner:
         self.episode_spec, self.steps = episode_spec, 0
         return self._with_frame(StepResult(self.env.reset()))
 
+    def close(self) -> None:
+        """Closes the episode and the benchmark."""
+        if self.env is not None:
+            self.env.close()
+        self.env = None
+        self.benchmark.close()
+
     def _with_frame(self, result: StepResult) -> StepResult:
         if self.episode_spec.record:
             result.frames = [np.stack([np.asarray(image) for image in result.observation["image"]])]
@@ -88,7 +95,7 @@ def advance(
     result.observation = None if result.done else result.observation
     return result
 
-# %% ../../nbs/evaluation/05_workers.ipynb #20c6356f
+# %% ../../nbs/evaluation/05_workers.ipynb #827ac311
 @patch
 def answer(
     self: EpisodeRunner,
@@ -101,15 +108,6 @@ def answer(
         case np.ndarray():
             return self.advance(request)
     raise TypeError(f"a worker takes an EpisodeSpec or an array of actions, got {type(request).__name__}")
-
-
-@patch
-def close(self: EpisodeRunner) -> None:
-    """Closes the episode and the benchmark."""
-    if self.env is not None:
-        self.env.close()
-    self.env = None
-    self.benchmark.close()
 
 # %% ../../nbs/evaluation/05_workers.ipynb #2cff4f2f
 class WorkerError(RuntimeError):

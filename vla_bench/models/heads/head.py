@@ -185,7 +185,8 @@ def rename_parameters(
     for name in weights:
         own = name.removeprefix(prefix) if name.startswith(prefix) else ""
         old = next((old for old in renamed if own == old or own.startswith(f"{old}.")), None)
-        names[name] = name if old is None else prefix + renamed[old] + own.removeprefix(old)
+        new = name if old is None else prefix + renamed[old] + own.removeprefix(old)
+        names[name] = name if new in weights else new  # both: the old one is left over, and torch says so
     return {names[name]: value for name, value in weights.items()}
 
 
