@@ -1,6 +1,9 @@
 """The flow-matching heads in all their forms, and their equations written a second time in numpy."""
 
+import importlib.util
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -265,3 +268,13 @@ def fresh_compiler():
     flow._compiled.cache_clear()
     yield
     flow._compiled.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def kit() -> ModuleType:
+    """Small transformer and diffusion heads, inputs and equations: the module `hidden_state_heads.py` beside this file."""
+    path = Path(__file__).with_name("hidden_state_heads.py")
+    spec = importlib.util.spec_from_file_location("hidden_state_heads", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

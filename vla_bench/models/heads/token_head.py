@@ -1,4 +1,4 @@
-"""Heads whose actions the language model writes in tokens
+"""Heads whose actions are tokens of the language model
 
 Docs: https://vla-bench.github.io/vla_bench/models/heads/token_head.html.md"""
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .head import ActionCodec, ActionHead, HeadSizes
+from .head import ActionHead, HeadSizes
 
 # %% ../../../nbs/models/heads/05_token_head.ipynb #d407b43b
 def action_token_ids(
@@ -21,25 +21,24 @@ def action_token_ids(
     num_tokens: int,  # N codes
     *,
     first_token_id: int | None = None,  # code i is this + i
-    skip: int = 0,  # words at the end of the vocabulary that are left alone
+    skip: int = 0,  # tokens at the end of the vocabulary that are left alone
     descending: bool = False,  # code i is V - skip - 1 - i; otherwise V - skip - N + i
 ) -> Tensor:  # long [N], the vocabulary id of each code
-    """The words that stand for action codes. Raises `ValueError` when the vocabulary has no room for them."""
+    """The tokens that stand for action codes. Raises `ValueError` when the vocabulary has no room for them."""
     first = vocab_size - skip - num_tokens if first_token_id is None else first_token_id
     if first < 0 or first + num_tokens > vocab_size:
         raise ValueError(
             f"{num_tokens} action tokens from id {first} do not fit a vocabulary of {vocab_size}: "
-            f"use fewer action tokens, another first_token_id or skip, or a checkpoint with added words"
+            f"use fewer action tokens, another first_token_id or skip, or a checkpoint with added tokens"
         )
     ids = torch.arange(first, first + num_tokens)
     return ids.flip(0) if descending and first_token_id is None else ids
 
-
+# %% ../../../nbs/models/heads/05_token_head.ipynb #3f18aa50
 class TokenHead(ActionHead):
-    """A head without weights: the language model says the action in the codec's tokens."""
+    """A head without weights: the language model generates the action in the codec's tokens."""
 
     reads = "tokens"
-    codec: ActionCodec
 
     def __init__(
         self,
