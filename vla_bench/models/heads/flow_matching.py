@@ -83,18 +83,17 @@ class DiTFlowHead(ActionHead):
         super().__init__(sizes)
         check_flow_sizes(width, repeated_diffusion_steps, num_inference_timesteps)
         self.repeats, self.steps, self.compiles = repeated_diffusion_steps, num_inference_timesteps, compile
-        self.num_embodiments = robots = sizes.num_embodiments
+        self.num_embodiments = count = sizes.num_embodiments
         self.dit = dit
         has_token = bool(sizes.state_dim) and state_token
-        self.state_encoder = (
-            embodiment_mlp(sizes.state_dim, mlp_size, width, num_embodiments=robots) if has_token else None
-        )
-        self.action_in = embodiment_linear(sizes.action_dim, width, robots)
-        self.action_time = embodiment_mlp(2 * width, width, width, nn.SiLU, robots)
+        state_encoder = (sizes.state_dim, mlp_size, width, nn.ReLU, count)
+        self.state_encoder = embodiment_mlp(*state_encoder) if has_token else None
+        self.action_in = embodiment_linear(sizes.action_dim, width, count)
+        self.action_time = embodiment_mlp(2 * width, width, width, nn.SiLU, count)
         scratch = 0.02 * torch.randn(num_future_tokens, width)
         self.future_tokens = nn.Parameter(scratch) if num_future_tokens else None
         self.positions = nn.Parameter(0.02 * torch.randn(position_rows(max_positions, sizes.horizon), width))
-        self.action_out = embodiment_mlp(output, mlp_size, sizes.action_dim, num_embodiments=robots)
+        self.action_out = embodiment_mlp(output, mlp_size, sizes.action_dim, nn.ReLU, count)
 
     def contexts(self, encoded: Features) -> Tensor | Sequence[Tensor]:
         """What the blocks look at: [B, L, H] for all, or one for each."""
