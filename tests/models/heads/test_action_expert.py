@@ -6,9 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from vla_bench.models.features import BackboneSizes, Features
 from vla_bench.models.heads.action_expert import ActionExpertHead, time_embedding
+from vla_bench.models.heads.flow import sample_time_pi0
 from vla_bench.models.heads.head import HeadSizes
 from vla_bench.models.layers.expert import ExpertLayer
 
@@ -210,3 +212,11 @@ def test_wrong_noise_time_and_state_are_named(features, actions):
         head.loss(features, actions, IS_PAD, NOISE, TIME[:1])
     with pytest.raises(ValueError, match="a state of 4 numbers per sample, got none"):
         head.sample(replace(features, state=None))
+
+
+def test_training_times_are_beta_and_run_towards_noise():
+    torch.manual_seed(3)
+    times = sample_time_pi0(50000)
+    assert times.dtype == torch.float32 and 0.001 <= times.min() and times.max() <= 1.0
+    assert stats.kstest((times.double() - 0.001) / 0.999, stats.beta(1.5, 1).cdf).pvalue > 1e-3
+    assert stats.kstest(times.double(), stats.beta(1.0, 1.5).cdf).pvalue < 1e-12, "the other way round"
