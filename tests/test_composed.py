@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from vla_bench.models.backbones.eagle import compose_eagle, public_names
 from vla_bench.models.backbones.component_loading import quiet
 from vla_bench.models.backbones.prismatic import compose
-from vla_bench.models.backbones.tiny_composed import write_tiny_composed, write_tiny_parts
+from vla_bench.models.backbones.tiny_composed import write_tiny_composed, write_tiny_component
 from vla_bench.models.backbones.vision import VisionBackbone
 from vla_bench.models.backbones.loading import load_vlm
 from vla_bench.models.backbones.vlm import VLM
@@ -52,9 +52,9 @@ def home(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("parts")
     for kind in ("siglip", "dinov2", "dinov2_with_registers"):
         width = 32 if kind == "siglip" else 48
-        write_tiny_parts(kind, home / kind, image_size=SIZE, hidden_size=width, num_layers=3)
+        write_tiny_component(kind, home / kind, image_size=SIZE, hidden_size=width, num_layers=3)
     for kind in ("llama", "gemma", "qwen2", "qwen3"):
-        write_tiny_parts(kind, home / kind, corpus=WORDS, hidden_size=WIDTH, num_layers=3)
+        write_tiny_component(kind, home / kind, corpus=WORDS, hidden_size=WIDTH, num_layers=3)
     return home
 
 
@@ -500,7 +500,7 @@ def test_public_names_of_eagle_carry_every_weight(home):
         ("vision_backbone", {"layer": -9}, "vision layer -9; expected -1"),
         ("vision_backbone", {"path": "no/such/folder"}, "tiny_parts siglip --out FOLDER"),
         ("projector", {"type": "MLPs"}, "did you mean 'MLP"),
-        ("projector", {"text_size": 3}, "'text_size' is set by the surroundings"),
+        ("projector", {"text_size": 3}, "'text_size' is set from the backbone"),
         ("projector", {"fused_vision_dim": 3}, "takes no argument 'fused_vision_dim'"),
         ("llm_backbone", {"type": "Llama"}, "holds a 'qwen2', expected 'llama'; write type: Qwen2"),
         ("llm_backbone", {"num_layers": 9}, "has 3 layers; 9 cannot be kept"),

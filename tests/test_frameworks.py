@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vla_bench.models.backbones.tiny import write_tiny
-from vla_bench.models.backbones.tiny_composed import write_tiny_parts
+from vla_bench.models.backbones.tiny_composed import write_tiny_component
 from vla_bench.models.features import Features
 from vla_bench.models.frameworks import framework as framework_module
 from vla_bench.models.frameworks.build import build_framework
@@ -467,7 +467,7 @@ def test_a_wrong_configuration_is_refused_before_the_backbone_is_loaded(home, ch
 
 @pytest.mark.parametrize(
     ("head", "message"),
-    [({"num_queries": 3}, "must divide the horizon 4"), ({"horizon": 4}, "set by the surroundings")],
+    [({"num_queries": 3}, "must divide the horizon 4"), ({"horizon": 4}, "set from the backbone")],
 )
 def test_a_head_is_refused_by_its_own_rules(home, head, message):
     with pytest.raises(ValueError, match=message):
@@ -536,8 +536,8 @@ def test_weights_of_others_are_loaded_by_prefix_and_parts_are_frozen(home, tmp_p
         "vlm.model.model",
         *(n for n, _ in model.named_parameters() if n.startswith("action_model.")),
     }
-    assert any(p.requires_grad for p in model.part("llm_backbone"))
-    assert not any(p.requires_grad for p in model.part("vision_backbone"))
+    assert any(p.requires_grad for p in model.component("llm_backbone"))
+    assert not any(p.requires_grad for p in model.component("vision_backbone"))
     assert not any(p.requires_grad for p in model.action_model.parameters())
     with pytest.raises(ValueError, match="head"):
         build_framework(config | more | {"name_mapping": {"action_model": "heda"}}, action_dim=D, state_dim=S)
@@ -590,7 +590,7 @@ def test_heads_that_speak_may_be_wider_than_the_robot(home, name):
 
 
 def test_eyes_of_its_own_leave_the_last_word_last(home, tmp_path):
-    write_tiny_parts("dinov2", tmp_path / "dinov2", image_size=32)
+    write_tiny_component("dinov2", tmp_path / "dinov2", image_size=32)
     eyes = {"vision_backbone": {"type": "DINOv2", "path": str(tmp_path / "dinov2")}}
     config = configuration(home, ("qwen2_5_vl", "GR00T")) | eyes | {"action_model": {"type": "Transformer"}}
     torch.manual_seed(0)

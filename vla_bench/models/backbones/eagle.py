@@ -9,16 +9,14 @@ __all__ = ['CHATML', 'EagleConfig', 'EagleForConditionalGeneration', 'Eagle', 'c
 
 # %% ../../../nbs/models/backbones/46_eagle.ipynb #84c263d5
 from pathlib import Path
-
-from transformers import AutoConfig, AutoModelForImageTextToText
-
-from vla_bench.models.backbones.prismatic import (
-    Prismatic,
-    PrismaticConfig,
-    PrismaticForConditionalGeneration,
-    compose,
-)
-from ...registry import BACKBONES, PROJECTORS
+from transformers import AutoConfig
+from transformers import AutoModelForImageTextToText
+from .prismatic import Prismatic
+from .prismatic import PrismaticConfig
+from .prismatic import PrismaticForConditionalGeneration
+from .prismatic import compose
+from ...registry import BACKBONES
+from ...registry import PROJECTORS
 
 # %% ../../../nbs/models/backbones/46_eagle.ipynb #a28f4075
 CHATML = (
@@ -46,12 +44,12 @@ AutoModelForImageTextToText.register(EagleConfig, EagleForConditionalGeneration,
 
 @BACKBONES.register("Eagle", aliases=("eagle2_5_vl", "EagleBackbone"))
 class Eagle(Prismatic):
-    """Eagle 2.5 (Chen et al. 2025): a composed backbone with a chat prompt and framed, numbered pictures."""
+    """Eagle 2.5 (Chen et al. 2025): a composed backbone with a chat prompt and framed, numbered images."""
 
     network = EagleForConditionalGeneration
-    image_token, picture = "<IMG_CONTEXT>", "<image {number}><img>{tokens}</img>"
+    image_token, image_frame = "<IMG_CONTEXT>", "<image {number}><img>{tokens}</img>"
     added_tokens = ("<img>", "</img>", "<IMG_CONTEXT>")
-    padding_side = "left"
+    processor_padding_side = "left"
 
 
 def compose_eagle(
@@ -67,7 +65,7 @@ def compose_eagle(
     dtype: str = "float32",
     attn_implementation: str = "sdpa",
 ) -> Eagle:
-    """An Eagle from its parts. Raises `ValueError` or `FileNotFoundError` for parts that do not go together."""
+    """An Eagle from its components. Raises `ValueError` or `FileNotFoundError` for components that do not go together."""
     return compose(
         {"type": "SigLIP", "path": vision_path, "image_size": image_size},
         {"type": projector},

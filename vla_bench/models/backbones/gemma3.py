@@ -1,4 +1,4 @@
-"""Pictures read in both directions, and a window that slides
+"""Images read in both directions, and a window that slides
 
 Docs: https://vla-bench.github.io/vla_bench/models/backbones/gemma3.html.md"""
 
@@ -10,31 +10,32 @@ __all__ = ['Gemma3']
 # %% ../../../nbs/models/backbones/32_gemma3.ipynb #69d96ade
 import torch
 from torch import Tensor
-
-from .image_tokens import PackedVLM, SquareVLM
-from .tokens import packing_order, reorder
+from .image_tokens import PackedVLM
+from .image_tokens import SquareVLM
+from .tokens import padding_order
+from .tokens import reorder
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/32_gemma3.ipynb #aa8ff12a
 @BACKBONES.register("Gemma3", aliases=("gemma3",))
 class Gemma3(PackedVLM, SquareVLM):
-    """Gemma 3: bidirectional pictures in causal text, sliding windows, padding in front."""
+    """Gemma 3: bidirectional images in causal text, sliding windows, padding in front."""
 
-    lacks = {
+    unsupported_reads = {
         "cache": "its layers turn positions at two different rates, and most forget what left their window"
     }
 
     @property
     def side(self) -> int:
-        """Rows, and columns, of a picture's tokens, after averaging patches."""
+        """Rows, and columns, of an image's tokens, after averaging patches."""
         return round(self.config.mm_tokens_per_image**0.5)
 
-    def picture_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
-        """SigLIP's patches, averaged and projected, [pictures, side², H]."""
+    def image_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
+        """SigLIP's patches, averaged and projected, [images, side², H]."""
         return self.model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
 
     def model_inputs(self, inputs: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-        """Token types, packed as the sequence is: 1 where a picture is looked at, 0 for text and extra tokens."""
+        """Token types, in the order of the sequence: 1 where an image is looked at, 0 for text and extra tokens."""
         kinds = torch.zeros_like(mask, dtype=torch.long)
         kinds[:, : inputs["input_ids"].shape[1]] = self.image_token_mask(inputs)
-        return {"token_type_ids": reorder(kinds * mask, packing_order(mask, self.packing))}
+        return {"token_type_ids": reorder(kinds * mask, padding_order(mask, self.padding_side))}

@@ -9,34 +9,34 @@ __all__ = ['Idefics3']
 
 # %% ../../../nbs/models/backbones/36_idefics.ipynb #bdfc9d5a
 from pathlib import Path
-
 import transformers
 from torch import nn
-from transformers import AutoImageProcessor, ProcessorMixin
-
+from transformers import AutoImageProcessor
+from transformers import ProcessorMixin
 from .image_tokens import SquareVLM
-from .processor import load_processor, model_type
+from .processor import load_processor
+from .processor import model_type
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/36_idefics.ipynb #cc4ccc56
 @BACKBONES.register("Idefics3", aliases=("idefics3", "smolvlm"))
 class Idefics3(SquareVLM):
-    """Idefics3 and SmolVLM: one square of folded patches per picture, causal text."""
+    """Idefics3 and SmolVLM: one square of folded patches per image, causal text."""
 
     @property
     def side(self) -> int:
-        """Rows, and columns, of a picture's tokens, after folding."""
+        """Rows, and columns, of an image's tokens, after folding."""
         vision = self.config.vision_config
         return vision.image_size // vision.patch_size // self.config.scale_factor
 
     def layer_classes(self) -> set[type[nn.Module]]:
-        """The repeated blocks; transformers' own list names a part of one."""
+        """The repeated blocks; transformers' own list names a piece of one."""
         inner = self.model.model
         return {type(inner.vision_model.encoder.layers[0]), type(inner.text_model.layers[0])}
 
     @classmethod
     def load_processor(cls, path: str | Path) -> ProcessorMixin:
-        """The checkpoint's processor for pictures, one tile each; needs no `num2words`."""
+        """The checkpoint's processor for images, one tile each; needs no `num2words`."""
         if model_type(path) == "smolvlm":
             processor = transformers.Idefics3Processor.from_pretrained(path)
             processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")

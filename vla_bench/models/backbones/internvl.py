@@ -10,18 +10,19 @@ __all__ = ['InternVLPrepare', 'InternVL']
 # %% ../../../nbs/models/backbones/34_internvl.ipynb #30a72c9d
 from PIL import Image
 from torch import Tensor
-
-from .image_tokens import KEPT, NestedPrepare, SquareVLM
+from .image_tokens import KEPT
+from .image_tokens import NestedPrepare
+from .image_tokens import SquareVLM
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/34_internvl.ipynb #b74efb01
 class InternVLPrepare(NestedPrepare):
-    """One tile per picture."""
+    """One tile per image."""
 
     def encode(self, prompts: list[str], images: list[list[Image.Image]]) -> dict[str, Tensor]:
-        """The processor's call without cutting pictures into tiles."""
-        flat = [picture for pictures in images for picture in pictures]
-        # said twice: the processor's class sets both, over what its files and tokenizer say
+        """The processor's call without cutting images into tiles."""
+        flat = [image for row in images for image in row]
+        # given twice: the processor's class sets both, over what its files and tokenizer hold
         options = {"crop_to_patches": False, "padding_side": self.processor.tokenizer.padding_side}
         batch = self.processor(
             text=prompts, images=flat or None, padding=True, return_tensors="pt", **options
@@ -31,12 +32,12 @@ class InternVLPrepare(NestedPrepare):
 
 @BACKBONES.register("InternVL", aliases=("internvl",))
 class InternVL(SquareVLM):
-    """InternVL 2.5 and 3: a square of folded patches per picture, causal text."""
+    """InternVL 2.5 and 3: a square of folded patches per image, causal text."""
 
     prepare_class = InternVLPrepare
 
     @property
     def side(self) -> int:
-        """Rows, and columns, of a picture's tokens, after folding."""
+        """Rows, and columns, of an image's tokens, after folding."""
         vision = self.config.vision_config
         return round(vision.image_size[0] // vision.patch_size[0] * self.config.downsample_ratio)

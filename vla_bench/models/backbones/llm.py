@@ -1,4 +1,4 @@
-"""Llama, Gemma, Qwen2 and Qwen3, as parts of a composed backbone
+"""Llama, Gemma, Qwen2 and Qwen3, as components of a composed backbone
 
 Docs: https://vla-bench.github.io/vla_bench/models/backbones/llm.html.md"""
 
@@ -9,24 +9,26 @@ __all__ = ['PROMPT', 'add_tokens', 'LanguageModel', 'Llama', 'Gemma', 'Qwen2', '
 
 # %% ../../../nbs/models/backbones/42_llm.ipynb #35601c34
 from pathlib import Path
-
 import torch
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from .component_loading import load_part, part_config, quiet, shortened
+from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
+from .component_loading import load_component
+from .component_loading import component_config
+from .component_loading import quiet
+from .component_loading import shortened
 from ...registry import LLM_BACKBONES
 
 # %% ../../../nbs/models/backbones/42_llm.ipynb #2d1612f9
 def add_tokens(
     model: torch.nn.Module,  # a causal language model of transformers
     tokenizer: object,  # its tokenizer, changed in place
-    words: tuple[str, ...],  # control words, never split
+    tokens: tuple[str, ...],  # special ones, never split
 ) -> list[int]:  # their ids
-    """Adds words, and padding if there is none, growing the embedding to a multiple of 64 rows where it is too small."""
+    """Adds tokens, and padding if there is none, growing the embedding to a multiple of 64 rows where it is too small."""
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<PAD>"})
-    added = [AddedToken(word, special=True, normalized=False) for word in words]
+    added = [AddedToken(token, special=True, normalized=False) for token in tokens]
     tokenizer.add_tokens(added, special_tokens=True)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -36,7 +38,7 @@ def add_tokens(
             with torch.no_grad():
                 matrix[rows:] = matrix[:rows].mean(0)
     model.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer.convert_tokens_to_ids(list(words))
+    return tokenizer.convert_tokens_to_ids(list(tokens))
 
 # %% ../../../nbs/models/backbones/42_llm.ipynb #b30238ac
 PROMPT = "{images}{text}"
@@ -57,17 +59,17 @@ class LanguageModel:
         dtype: str = "float32",
         attn_implementation: str = "sdpa",
     ):
-        config = part_config(path, self.kinds, LLM_BACKBONES)
+        config = component_config(path, self.kinds, LLM_BACKBONES)
         if num_layers is not None:
             config = shortened(config, num_layers, f"the language model {path}")
         options = {"load_weights": load_weights, "dtype": dtype, "attn_implementation": attn_implementation}
-        self.model = load_part(AutoModelForCausalLM, path, config, **options)
+        self.model = load_component(AutoModelForCausalLM, path, config, **options)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.prompt = prompt
 
-    def add_tokens(self, *words: str) -> list[int]:
-        """Adds control words to the tokenizer, and rows to the embedding where needed; returns their ids."""
-        return add_tokens(self.model, self.tokenizer, words)
+    def add_tokens(self, *tokens: str) -> list[int]:
+        """Adds special tokens to the tokenizer, and rows to the embedding where needed; returns their ids."""
+        return add_tokens(self.model, self.tokenizer, tokens)
 
 # %% ../../../nbs/models/backbones/42_llm.ipynb #676fd66b
 @LLM_BACKBONES.register("Llama", aliases=("LLaMa2LLMBackbone", "Llama2"))

@@ -11,35 +11,36 @@ __all__ = ['PaliGemmaPrepare', 'PaliGemma']
 import torch
 from PIL import Image
 from torch import Tensor
-
-from .vlm import VLM, VLMPrepare, next_token_loss
+from .vlm import VLM
+from .vlm import VLMPrepare
+from .vlm import next_token_loss
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/30_paligemma.ipynb #ebb3cd28
 class PaliGemmaPrepare(VLMPrepare):
-    """Pictures first, then the sentence; the whole prompt is a prefix."""
+    """Images first, then the instruction; the whole prompt is a prefix."""
 
-    newline = True  # whether a newline closes the sentence
+    newline = True  # it closes the question; π0.5's question ends where its answer begins
 
     def prompt(self, text: str, num_images: int) -> str:
-        """The prompt as text, with every picture token written out."""
-        pictures = self.processor.image_token * (self.processor.image_seq_length * num_images)
-        return pictures + self.processor.tokenizer.bos_token + text + "\n" * self.newline
+        """The prompt as text, with every image token written out."""
+        images = self.processor.image_token * (self.processor.image_seq_length * num_images)
+        return images + self.processor.tokenizer.bos_token + text + "\n" * self.newline
 
     def encode(self, prompts: list[str], images: list[list[Image.Image]]) -> dict[str, Tensor]:
-        """Tokens of the texts, pixels of the pictures."""
+        """Tokens of the texts, pixels of the images."""
         if not all(images):
-            raise ValueError("PaliGemma reads at least one picture per sample")
+            raise ValueError("PaliGemma reads at least one image per sample")
         options = {"padding": True, "add_special_tokens": False, "return_tensors": "pt"}
         tokens = self.processor.tokenizer(prompts, **options)
-        flat = [picture for pictures in images for picture in pictures]
+        flat = [image for row in images for image in row]
         pixels = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]
         return {name: tokens[name] for name in ("input_ids", "attention_mask")} | {"pixel_values": pixels}
 
 # %% ../../../nbs/models/backbones/30_paligemma.ipynb #a92e1079
 @BACKBONES.register("PaliGemma", aliases=("paligemma",))
 class PaliGemma(VLM):
-    """PaliGemma: a fixed number of tokens per picture, full attention over the prompt and the extra tokens."""
+    """PaliGemma: a fixed number of tokens per image, full attention over the prompt and the extra tokens."""
 
     prepare_class = PaliGemmaPrepare
 
@@ -48,12 +49,12 @@ class PaliGemma(VLM):
         return self.visible(inputs).cumsum(-1).clamp(min=1)
 
     def image_grids(self, inputs: dict[str, Tensor]) -> list[list[tuple[int, int]]]:
-        """Per sample and picture, the square of its patches."""
+        """Per sample and image, the square of its patches."""
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         return [[(side, side)] * (n // side**2) for n in self.image_token_mask(inputs).sum(1).tolist()]
 
     def model_inputs(self, inputs: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-        """The pictures, and a token type that makes prompt and extra tokens one prefix."""
+        """The images, and a token type that makes prompt and extra tokens one prefix."""
         return {"pixel_values": inputs["pixel_values"], "token_type_ids": torch.zeros_like(mask).long()}
 
     def answer_inputs(self, mask: Tensor, count: int) -> dict[str, Tensor]:
@@ -73,4 +74,4 @@ class PaliGemma(VLM):
             token_type_ids=(labels != -100).long(),
             use_cache=False,
         )
-        return next_token_loss(self.model, output.last_hidden_state, labels)
+        return next_token_loss(self.output_matrix(), output.last_hidden_state, labels)

@@ -15,20 +15,22 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-
 import transformers
-from transformers import AutoImageProcessor, PreTrainedConfig, ProcessorMixin
+from transformers import AutoImageProcessor
+from transformers import PreTrainedConfig
+from transformers import ProcessorMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import logging
-
-from ...registry import BACKBONES, suggest
+from .checkpoint_files import check_files
+from ...registry import BACKBONES
+from ...registry import suggest
 
 # %% ../../../nbs/models/backbones/00_processor.ipynb #3a7227fa
 def image_only(
     cls: type[ProcessorMixin],  # a processor class of transformers
 ) -> type[ProcessorMixin]:  # the same without `video_processor`; itself if it has none
-    """A processor class that handles pictures and text, and needs no torchvision."""
+    """A processor class that handles images and text, and needs no torchvision."""
     parameters = inspect.signature(cls.__init__).parameters
     if "video_processor" not in parameters:
         return cls
@@ -37,7 +39,7 @@ def image_only(
     def __init__(self, image_processor=None, tokenizer=None, **options):
         cls.__init__(self, image_processor, tokenizer, None, **options)
 
-    # transformers reads the signature to know which parts and options a processor has
+    # transformers reads the signature to know which components and options a processor has
     __init__.__signature__ = inspect.Signature(list(kept.values()))
 
     @classmethod
@@ -86,6 +88,7 @@ def _declared_type(folder: Path) -> str:
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json, so it is no checkpoint of transformers")
+    check_files(folder)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -106,7 +109,7 @@ def _known_type(config: Any, file: str) -> str:
         raise ValueError(f"{file}: transformers {version} knows no model_type {kind!r}{near}")
     return kind
 
-
+# %% ../../../nbs/models/backbones/00_processor.ipynb #proc0004
 def load_processor(
     path: str | Path,  # local folder or hub name
 ) -> ProcessorMixin:
@@ -119,6 +122,8 @@ def load_processor(
         )
     processor = image_only(getattr(transformers, name)).from_pretrained(path)
     processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+    if processor.chat_template is None:
+        processor.chat_template = processor.tokenizer.chat_template
     return processor
 
 

@@ -10,20 +10,19 @@ __all__ = ['Qwen35']
 # %% ../../../nbs/models/backbones/22_qwen35.ipynb #7c9cd0db
 import torch
 from torch import Tensor
-
 from .image_tokens import PackedVLM
-from .qwen import QwenPictures
+from .qwen import QwenImages
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/22_qwen35.ipynb #21eae43d
 @BACKBONES.register("Qwen35", aliases=("qwen3_5",))
-class Qwen35(PackedVLM, QwenPictures):
-    """Qwen3.5: Qwen's pictures and positions, a hybrid of linear and full attention, padding in front."""
+class Qwen35(PackedVLM, QwenImages):
+    """Qwen3.5: Qwen's images and positions, a hybrid of linear and full attention, padding in front."""
 
-    lacks = {"cache": "three of four layers keep a running state instead of keys and values"}
+    unsupported_reads = {"cache": "three of four layers keep a running state instead of keys and values"}
 
-    def picture_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The patches of all pictures, merged 2 × 2, [tokens, H]."""
+    def image_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The patches of all images, merged 2 × 2, [tokens, H]."""
         found = self.model.model.get_image_features(
             inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True
         )

@@ -11,18 +11,26 @@ __all__ = ['CORPUS', 'ROPE', 'HALF', 'Built', 'QWEN_TOKENS', 'QWEN_TEMPLATE', 'G
 # %% ../../../nbs/models/backbones/90_tiny.ipynb #3cdc9c77
 import argparse
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
-
-from ...config import cli_errors, suggest
-from .processor import image_only, no_progress
+from tokenizers import AddedToken
+from tokenizers import Tokenizer
+from tokenizers import decoders
+from tokenizers import models
+from tokenizers import pre_tokenizers
+from tokenizers import trainers
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerFast
+from transformers import ProcessorMixin
+from ...config import cli_errors
+from ...config import suggest
+from .processor import image_only
+from .processor import no_progress
 
 # %% ../../../nbs/models/backbones/90_tiny.ipynb #17e41258
 CORPUS = (
@@ -38,7 +46,7 @@ CORPUS = (
 
 
 def train_tokenizer(
-    corpus: Sequence[str],  # sentences whose words become single tokens
+    corpus: Sequence[str],  # texts whose words become single tokens
     special: Sequence[str],  # control tokens, never split
     **named: Any,  # pad_token="…" and the other named tokens of `PreTrainedTokenizerFast`
 ) -> PreTrainedTokenizerFast:
@@ -95,7 +103,7 @@ class Sizes:
 
     @property
     def square(self) -> dict[str, int]:
-        """One picture size for all, as image processors spell it."""
+        """One image size for all, as image processors name it."""
         return {"height": self.image, "width": self.image}
 
 
@@ -162,7 +170,7 @@ def _qwen_vision(sizes: Sizes) -> dict:
 def _qwen2_5_vl(corpus: Sequence[str], sizes: Sizes) -> Built:
     text, ids, processor = _qwen_parts(corpus, sizes, "Qwen2_5_VLProcessor")
     rope = ROPE | {"mrope_section": _mrope_section(sizes.width // 4)}
-    # with so few patches a window would cut the picture in pieces that never meet
+    # with so few patches a window would cut the image in pieces that never meet
     windows = {"window_size": 64, "fullatt_block_indexes": list(range(sizes.vision_depth))}
     config = transformers.Qwen2_5_VLConfig(
         text_config=sizes.decoder(text) | {"rope_parameters": rope},
@@ -429,7 +437,7 @@ def write_tiny(
     out: str | Path,  # folder to write
     *,
     image_size: int = 96,  # pixels; a multiple of 32
-    corpus: Sequence[str] = CORPUS,  # sentences whose words become single tokens
+    corpus: Sequence[str] = CORPUS,  # texts whose words become single tokens
     hidden_size: int = 128,  # width of the language model
     num_layers: int = 3,  # layers of the language model
     vision_hidden_size: int = 96,
@@ -465,7 +473,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("kind", choices=sorted(BUILDERS))
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument(
-        "--words", nargs="+", default=[], help="further sentences whose words become single tokens"
+        "--words", nargs="+", default=[], help="further texts whose words become single tokens"
     )
     sizes = {
         "image_size": 96,

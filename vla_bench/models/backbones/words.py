@@ -1,4 +1,4 @@
-"""Which tokens spell which word of the instruction
+"""Which tokens of a prompt belong to which word of the instruction
 
 Docs: https://vla-bench.github.io/vla_bench/models/backbones/words.html.md"""
 
@@ -18,8 +18,8 @@ from typing import Any
 def decode_pieces(
     tokenizer: Any,  # of transformers
     ids: Sequence[int],  # a prompt
-) -> list[tuple[str, list[int]]]:  # in order, with the positions of the tokens that spell it
-    """The prompt piece by piece: a token each, or several that share a character."""
+) -> list[tuple[str, list[int]]]:  # in order, with the positions of its tokens
+    """The prompt piece by piece: one token each, or several that share a character."""
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
     skip = len(tokenizer.decode(anchor))
     pieces, run = [], []
@@ -32,24 +32,21 @@ def decode_pieces(
         run = []
     return pieces
 
-
+# %% ../../../nbs/models/backbones/06_words.ipynb #ords0008
 def align_words(
     pieces: Sequence[tuple[str, list[int]]],  # from `decode_pieces`
     text: str,  # a phrase of the prompt
 ) -> list[tuple[str, list[int]]]:  # each word with the positions of its tokens
-    """Which tokens spell each word of a phrase; its last occurrence counts. Raises `ValueError` if it is not there."""
+    """The tokens of each word of a phrase; its last occurrence counts. Raises `ValueError` if it is not there."""
     ends = list(accumulate(len(piece) for piece, _ in pieces))
     prompt = "".join(piece for piece, _ in pieces)
-    for words in (
-        unicodedata.normalize("NFC", text).split(),
-        text.split(),
-    ):  # a tokenizer may compose accents
+    for words in (unicodedata.normalize("NFC", text).split(), text.split()):
         phrase = r"\s+".join(f"({re.escape(word)})" for word in words)
         found = list(re.finditer(f"(?={phrase})", prompt))  # looking ahead, so that matches may overlap
         if found:
             break
     else:
-        raise ValueError(f"the tokens of the prompt do not spell {text!r}")
+        raise ValueError(f"the tokens of the prompt do not contain {text!r}")
 
     def tokens(first: int, last: int) -> list[int]:
         spans = zip(pieces, [0, *ends], ends)
