@@ -467,7 +467,7 @@ def test_a_wrong_configuration_is_refused_before_the_backbone_is_loaded(home, ch
 
 @pytest.mark.parametrize(
     ("head", "message"),
-    [({"num_queries": 3}, "must divide the horizon 4"), ({"horizon": 4}, "set by the surroundings")],
+    [({"num_queries": 3}, "must divide the horizon 4"), ({"horizon": 4}, "set from the backbone")],
 )
 def test_a_head_is_refused_by_its_own_rules(home, head, message):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The language model says the action, a word at a time
+"""The language model generates the action in compressed tokens
 
 Docs: https://vla-bench.github.io/vla_bench/models/frameworks/fast.html.md"""
 
@@ -9,74 +9,17 @@ __all__ = ['FAST', 'main']
 
 # %% ../../../nbs/models/frameworks/20_fast.ipynb #5e1c438c
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..backbones.vlm import VLM
 from .describe import describe
-from .framework import Framework
-from ..heads.head import ActionHead
+from .token_framework import TokenFramework
 from ...registry import FRAMEWORKS
 
 # %% ../../../nbs/models/frameworks/20_fast.ipynb #17ca4e00
 @FRAMEWORKS.register("FAST", aliases=("QwenFast", "QwenFAST", "Qwen-FAST"))
-class FAST(Framework):
-    """Actions as words of the language model (π0-FAST, arXiv 2501.09747)."""
+class FAST(TokenFramework):
+    """Actions as tokens of the FAST codec (π0-FAST, arXiv 2501.09747)."""
 
-    reads = "tokens"
     default_head = "FAST"
-
-    def __init__(self, vlm: VLM, action_model: ActionHead):
-        super().__init__(vlm, action_model)
-        vlm.for_tokens()
-        self.codec = action_model.codec
-        ids = action_model.token_ids(vlm.sizes.vocab_size)
-        self.register_buffer("token_ids", ids, persistent=False)
-        self.stop = vlm.processor.tokenizer.eos_token_id if self.codec.stops else None
-        if self.codec.stops and (self.stop is None or self.stop in ids):
-            raise ValueError(
-                f"the stop token of {vlm.model_type} ({self.stop}) is missing or among the action tokens; set "
-                f"framework.action_model.skip or first_token_id"
-            )
-
-    def answers(self, codes: Tensor) -> tuple[Tensor, Tensor]:  # long and bool [B, A]
-        """The words of each chunk with the stop behind it, and where they are."""
-        if self.stop is not None:
-            codes = torch.cat([codes, codes.new_full((len(codes), 1), -1)], dim=1)
-        valid = codes >= 0
-        words = self.token_ids[codes.clamp(min=0)]
-        if self.stop is not None:
-            end = valid.sum(1)
-            words[torch.arange(len(words), device=words.device), end] = self.stop
-            valid[torch.arange(len(words), device=words.device), end] = True
-        return words, valid
-
-    def training_loss(
-        self, batch: dict[str, Any], noise: Tensor | None, time: Tensor | None
-    ) -> dict[str, Tensor]:
-        """`action_loss`: the cross-entropy of the chunk's words."""
-        return {"action_loss": self.vlm.answer_loss(batch["inputs"], *self.answers(batch["codes"]))}
-
-    def say(self, inputs: dict[str, Tensor]) -> Tensor:  # long [B, A], -1 behind the end
-        """The likeliest words."""
-        longest = self.codec.max_tokens + (self.stop is not None)
-        return self.vlm.decode(inputs, max_tokens=longest, allowed=self.token_ids, stop=self.stop)
-
-    def actions(
-        self, batch: dict[str, Any], generator: torch.Generator | None, noise: Tensor | None
-    ) -> Tensor:
-        """What the words mean, [B, T, D]."""
-        words = self.say(batch["inputs"])
-        code = torch.full((int(self.token_ids.max()) + 1,), -1, device=words.device)
-        code[self.token_ids] = torch.arange(len(self.token_ids), device=words.device)
-        codes = [[int(code[w]) for w in row if w >= 0] for row in words]
-        return torch.from_numpy(self.codec.decode(codes))
-
-    def prompt_attention(self, batch: dict[str, Any], generator: torch.Generator | None) -> Tensor:
-        """Attention of the words that are said, mean over layers, heads and words: [B, L]."""
-        return self.vlm.answer_attention(batch["inputs"], self.say(batch["inputs"]))
 
 # %% ../../../nbs/models/frameworks/20_fast.ipynb #107ace5f
 def main(argv: Sequence[str] | None = None) -> None:

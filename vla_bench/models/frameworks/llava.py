@@ -1,4 +1,4 @@
-"""Any backbone that describes, any head that decides
+"""A vision-language model, and any head that reads its last layer
 
 Docs: https://vla-bench.github.io/vla_bench/models/frameworks/llava.html.md"""
 

@@ -1,4 +1,4 @@
-"""Each number of the action is one of 256 words
+"""Each number of the action is one of 256 tokens
 
 Docs: https://vla-bench.github.io/vla_bench/models/frameworks/openvla.html.md"""
 
@@ -11,13 +11,13 @@ __all__ = ['OpenVLA', 'main']
 from collections.abc import Sequence
 
 from .describe import describe
-from .fast import FAST
+from .token_framework import TokenFramework
 from ...registry import FRAMEWORKS
 
 # %% ../../../nbs/models/frameworks/50_openvla.ipynb #003aa405
 @FRAMEWORKS.register("OpenVLA")
-class OpenVLA(FAST):
-    """Binned actions as the last words of the vocabulary (OpenVLA, arXiv 2406.09246, §3)."""
+class OpenVLA(TokenFramework):
+    """Binned actions as the last tokens of the vocabulary (OpenVLA, arXiv 2406.09246, §3)."""
 
     default_head = "Bins"
     prompt = "In: What action should the robot take to {lang}?\nOut:"

@@ -16,6 +16,7 @@ from ..backbones.vlm import VLM
 from ..features import Features
 from .describe import describe
 from .framework import Framework
+from .prepare import Prepare
 from ..heads.head import ActionHead
 from ...registry import FRAMEWORKS
 
@@ -27,10 +28,11 @@ class PI(Framework):
     reads = "layers"
     default_head = "LayerwiseFlowMatching"
 
-    def __init__(self, vlm: VLM, action_model: ActionHead):
-        super().__init__(vlm, action_model)
-        read = getattr(action_model, "read_layers", range(vlm.num_layers))
-        self.unread = freeze_unused(vlm, lambda features: [features.layers[i] for i in read], layers="all")
+    def __init__(self, vlm: VLM, head: ActionHead, prepare: Prepare):
+        super().__init__(vlm, head, prepare)
+        layers = head.read_layers
+        read = range(vlm.num_layers) if layers is None else layers
+        self.unused = freeze_unused(vlm, lambda features: [features.layers[i] for i in read], layers="all")
 
     def features(self, batch: dict[str, Any]) -> Features:
         """The hidden states of every layer and their mask."""

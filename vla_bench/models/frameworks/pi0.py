@@ -8,10 +8,9 @@ Docs: https://vla-bench.github.io/vla_bench/models/frameworks/pi0.html.md"""
 __all__ = ['keys_and_values', 'one_line', 'PI0', 'main']
 
 # %% ../../../nbs/models/frameworks/70_pi0.ipynb #4a9d358a
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..backbones.unused_parameters import freeze_unused
@@ -19,6 +18,7 @@ from ..backbones.vlm import VLM
 from ..features import Features
 from .describe import describe
 from .framework import Framework
+from .prepare import Prepare
 from ..heads.head import ActionHead
 from ...registry import FRAMEWORKS
 
@@ -27,12 +27,12 @@ def keys_and_values(features: Features) -> list[Tensor]:
     """What an expert reads of the backbone."""
     return [kept for pair in features.cache for kept in pair]
 
-
+# %% ../../../nbs/models/frameworks/70_pi0.ipynb #5e194ed7
 def one_line(lang: str) -> str:
-    """The instruction without underscores and line breaks, as openpi's tokenizer tidies it."""
+    """The instruction without underscores and line breaks, as openpi's tokenizer does it."""
     return lang.strip().replace("_", " ").replace("\n", " ")
 
-
+# %% ../../../nbs/models/frameworks/70_pi0.ipynb #d5b2c38a
 @FRAMEWORKS.register("PI0", aliases=("PI0FlowMatching", "Pi0"))
 class PI0(Framework):
     """A backbone whose keys and values an action expert attends to (π0, arXiv 2410.24164, §IV)."""
@@ -42,30 +42,31 @@ class PI0(Framework):
     preprocess_instruction = staticmethod(one_line)
     adaptive_norm = False  # whether the expert's time enters through its norms
 
-    def __init__(self, vlm: VLM, action_model: ActionHead):
-        super().__init__(vlm, action_model)
-        found = getattr(action_model, "adaptive_norm", self.adaptive_norm)
-        if found != self.adaptive_norm:
+    def __init__(self, vlm: VLM, head: ActionHead, prepare: Prepare):
+        super().__init__(vlm, head, prepare)
+        self.unused = freeze_unused(vlm, keys_and_values, cache=True)
+
+    @classmethod
+    def check_head(cls, head: type[ActionHead], arguments: Mapping[str, Any] | None = None) -> None:
+        """As `Framework.check_head`; also raises `ValueError` for an expert of the other framework."""
+        super().check_head(head, arguments)
+        if arguments is None:
+            return
+        found = arguments.get("adaptive_norm", head.adaptive_norm)
+        if found != cls.adaptive_norm:
             raise ValueError(
-                f"{type(self).__name__} needs framework.action_model.adaptive_norm: {str(self.adaptive_norm).lower()}; "
+                f"{cls.__name__} needs framework.action_model.adaptive_norm: {str(cls.adaptive_norm).lower()}; "
                 f"with {str(found).lower()}, framework.name is {'PI05' if found else 'PI0'}"
             )
-        self.unread = freeze_unused(vlm, keys_and_values, cache=True)
 
     def features(self, batch: dict[str, Any]) -> Features:
         """Keys and values of every layer, over the prompt: the prefix, run once."""
-        if self.training and any(
-            getattr(m, "gradient_checkpointing", False) for m in self.vlm.model.modules()
-        ):
+        if self.training and self.vlm.model.get_decoder().gradient_checkpointing:
             raise ValueError(
                 f"{type(self).__name__} trains through the backbone's keys and values, which transformers drops under "
                 f"gradient checkpointing; switch it off for the backbone (the expert's layers may be checkpointed)"
             )
         return self.vlm(batch["inputs"], cache=True)
-
-    def prompt_attention(self, batch: dict[str, Any], generator: torch.Generator | None) -> Tensor:
-        """Where in the prefix the actions look, mean over layers, heads, actions and Euler steps: [B, L]."""
-        return self.action_model.attention(self.read(batch), batch.get("state"), generator=generator)
 
 # %% ../../../nbs/models/frameworks/70_pi0.ipynb #1fa93d9c
 def main(argv: Sequence[str] | None = None) -> None:

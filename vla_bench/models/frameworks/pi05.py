@@ -1,4 +1,4 @@
-"""π0 with time in the norms and the state in the sentence
+"""π0 with time in the norms and the state in the prompt
 
 Docs: https://vla-bench.github.io/vla_bench/models/frameworks/pi05.html.md"""
 
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from ..backbones.vlm import VLM
 from .describe import describe
 from .pi0 import PI0
+from .prepare import Prepare
 from ..heads.head import ActionHead
 from ...registry import FRAMEWORKS
 
@@ -25,10 +26,9 @@ class PI05(PI0):
     head_defaults = {"adaptive_norm": True}
     prompt = "Task: {lang}, State: {state};\nAction: "
 
-    def __init__(self, vlm: VLM, action_model: ActionHead):
-        super().__init__(vlm, action_model)
-        if hasattr(vlm.prepare, "newline"):
-            vlm.prepare.newline = False  # this question ends where the answer begins
+    def __init__(self, vlm: VLM, head: ActionHead, prepare: Prepare):
+        super().__init__(vlm, head, prepare)
+        vlm.prepare.newline = False  # the prompt ends where the actions begin
 
 # %% ../../../nbs/models/frameworks/80_pi05.ipynb #491231b4
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Every number of a chunk in one of 256 bins, and every bin a word (OpenVLA)
+"""Every number of a chunk in one of 256 bins, and every bin a token (OpenVLA)
 
 Docs: https://vla-bench.github.io/vla_bench/models/heads/bins.html.md"""
 
@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from .fast import valid_lengths
+from .head import HeadSizes
 from .token_head import TokenHead
 from ...registry import HEADS
 
@@ -40,51 +42,55 @@ class BinsCodec:
         self.centres = (self.edges[:-1] + self.edges[1:]) / 2
         self.repaired = 0  # chunks so far that had too few or too many codes
 
-    def encode(
-        self,
-        actions: np.ndarray,  # [B, T, D], normalised; clipped to [-1, 1]
-        is_pad: np.ndarray | None = None,  # bool [B, T]
-    ) -> list[list[int]]:  # D codes per action, up to the first padded one
-        """Codes of each chunk. Raises `ValueError` for other shapes and for values that are not finite."""
-        lengths = valid_lengths(actions, is_pad, self.horizon, self.action_dim)
-        codes = np.digitize(np.clip(actions, -1, 1), self.edges) - 1
-        return [row[:length].ravel().tolist() for row, length in zip(codes, lengths)]
-
-    def decode(self, codes: Sequence[Sequence[int]]) -> np.ndarray:  # float32 [B, T, D]
-        """Chunks of codes; a chunk cut short holds its last whole action. Raises `ValueError` for other numbers."""
-        chunks = [self._chunk(row) for row in codes]
-        return np.array(chunks, np.float32).reshape(-1, self.horizon, self.action_dim)
-
-    def _chunk(self, codes: Sequence[int]) -> np.ndarray:  # [T, D]
-        if strange := [i for i in codes if not 0 <= i < self.num_tokens]:
-            raise ValueError(f"{strange[0]} is no code of {self.num_tokens} bins")
-        self.repaired += len(codes) != self.max_tokens
-        whole = min(len(codes) // self.action_dim, self.horizon)
-        found = self.centres[np.minimum(np.array(codes[: whole * self.action_dim], int), self.num_tokens - 2)]
-        found = found.reshape(whole, self.action_dim) if whole else np.zeros((1, self.action_dim))
-        return found[np.minimum(np.arange(self.horizon), len(found) - 1)]
-
     def save(self, folder: str | Path) -> None:
-        """Nothing to write: the head's arguments say everything."""
+        """Nothing to write: the head's arguments determine the codec."""
+
+# %% ../../../nbs/models/heads/30_bins.ipynb #04a993a4
+@patch
+def encode(
+    self: BinsCodec,
+    actions: np.ndarray,  # [B, T, D], normalised; clipped to [-1, 1]
+    is_pad: np.ndarray | None = None,  # bool [B, T]
+) -> list[list[int]]:  # D codes per action, up to the first padded one
+    """Codes of each chunk. Raises `ValueError` for other shapes and for values that are not finite."""
+    lengths = valid_lengths(actions, is_pad, self.horizon, self.action_dim)
+    codes = np.digitize(np.clip(actions, -1, 1), self.edges) - 1
+    return [row[:length].ravel().tolist() for row, length in zip(codes, lengths)]
+
+# %% ../../../nbs/models/heads/30_bins.ipynb #88b9dc76
+@patch
+def decode(self: BinsCodec, codes: Sequence[Sequence[int]]) -> np.ndarray:  # float32 [B, T, D]
+    """Chunks of codes; a chunk cut short holds its last whole action. Raises `ValueError` for other numbers."""
+    chunks = [self._chunk(row) for row in codes]
+    return np.array(chunks, np.float32).reshape(-1, self.horizon, self.action_dim)
+
+
+@patch
+def _chunk(self: BinsCodec, codes: Sequence[int]) -> np.ndarray:  # [T, D]
+    if strange := [i for i in codes if not 0 <= i < self.num_tokens]:
+        raise ValueError(f"{strange[0]} is no code of {self.num_tokens} bins")
+    self.repaired += len(codes) != self.max_tokens
+    whole = min(len(codes) // self.action_dim, self.horizon)
+    found = self.centres[np.minimum(np.array(codes[: whole * self.action_dim], int), self.num_tokens - 2)]
+    found = found.reshape(whole, self.action_dim) if whole else np.zeros((1, self.action_dim))
+    return found[np.minimum(np.arange(self.horizon), len(found) - 1)]
 
 # %% ../../../nbs/models/heads/30_bins.ipynb #600b4300
 @HEADS.register("Bins", aliases=("OpenVLAHead",))
 class BinsHead(TokenHead):
-    """The language model says every number of the chunk as one of `num_bins` words (OpenVLA, §3.2)."""
+    """The language model generates every number of the chunk as one of `num_bins` tokens (OpenVLA, §3.2)."""
+
+    input_range = (-1.0, 1.0)
 
     def __init__(
         self,
+        sizes: HeadSizes,
         *,
-        input_size: int,
-        action_dim: int,
-        horizon: int,
-        state_dim: int,
         num_bins: int = 256,
         first_token_id: int | None = None,  # code i is this + i; None to count down from the end
         skip: int = 0,  # rows at the end of the vocabulary that are left alone
         descending: bool = True,  # code i is V - skip - 1 - i, as in OpenVLA
     ):
         placing = {"first_token_id": first_token_id, "skip": skip, "descending": descending}
-        sizes = {"action_dim": action_dim, "horizon": horizon}
-        super().__init__(input_size=input_size, state_dim=state_dim, **sizes, **placing)
-        self.codec = BinsCodec(**sizes, num_bins=num_bins)
+        super().__init__(sizes, **placing)
+        self.codec = BinsCodec(horizon=sizes.horizon, action_dim=sizes.action_dim, num_bins=num_bins)

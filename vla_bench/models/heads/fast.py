@@ -1,4 +1,4 @@
-"""A chunk of actions in a few words: cosine transform, rounding, byte-pair merges
+"""An action chunk in a few tokens: cosine transform, rounding, byte-pair merges
 
 Docs: https://vla-bench.github.io/vla_bench/models/heads/fast.html.md"""
 
@@ -6,23 +6,25 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/fast.html.md"""
 
 # %% auto #0
 __all__ = ['PROCESSOR', 'TOKENIZER', 'FIT', 'coefficients', 'actions_from', 'valid_lengths', 'hold_last', 'train_merges',
-           'processor_files', 'read_processor', 'read_tokenizer', 'DCTCodec', 'fitting_coefficients', 'agreed',
-           'FASTCodec', 'FASTHead', 'action_windows', 'fit_report', 'main']
+           'processor_files', 'read_processor', 'read_tokenizer', 'FASTCodec', 'fitting_coefficients', 'agreed_size',
+           'FASTHead', 'action_windows', 'fit_report', 'main']
 
 # %% ../../../nbs/models/heads/20_fast.ipynb #1267076d
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
+from fastcore.basics import patch
 from scipy.fft import dct, idct
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ...config import cli_errors
 from ...data.lerobot import LeRobotDataset
 from ...data.normalize import MODES, Normalizer, compute_statistics
+from .head import HeadSizes
 from .token_head import TokenHead
 from ...registry import HEADS, suggest
 
@@ -160,8 +162,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 # %% ../../../nbs/models/heads/20_fast.ipynb #3ce6030e
-class DCTCodec:
-    """Chunks of actions to tokens and back, given a tokenizer. No weights; can be pickled."""
+class FASTCodec:
+    """FAST: a cosine transform, rounding and byte-pair merges (Pertsch et al. 2025, §IV). Can be pickled."""
 
     stops = True  # chunks take a varying number of tokens
 
@@ -181,53 +183,61 @@ class DCTCodec:
         self.tokenizer, self.horizon, self.action_dim = tokenizer, horizon, action_dim
         self.scale, self.min_token, self.vocab_size = scale, min_token, vocab_size
         self.num_tokens = tokenizer.get_vocab_size()
-        self.largest = min(max(vocab_size, 2048), 0xD800) - 1  # characters behind it are mistakes
+        self.largest = min(max(vocab_size, 2048), 0xD800) - 1  # a larger character is a mistake of the model
         self.max_tokens = max_tokens or horizon * action_dim * len(chr(self.largest).encode())
-        self.clipped = self.repaired = 0  # chunks so far
+        self.clipped = self.repaired = 0  # how many chunks so far
         self._complete = set(pre_tokenizers.ByteLevel.alphabet()) <= tokenizer.get_vocab().keys()
 
-    def encode(
-        self,
-        actions: np.ndarray,  # [B, T, D], normalised
-        is_pad: np.ndarray | None = None,  # bool [B, T]; what follows the first padding is ignored
-    ) -> list[list[int]]:  # tokens in 0 … num_tokens - 1; none for a chunk of padding alone
-        """Tokens of each chunk. Raises `ValueError` for what has no tokens."""
-        lengths = valid_lengths(actions, is_pad, self.horizon, self.action_dim)
-        found = coefficients(hold_last(np.asarray(actions), lengths)[lengths > 0], self.scale)
-        characters = found.reshape(len(found), -1) - self.min_token
-        if (characters > self.largest).any():
-            raise ValueError(
-                f"a coefficient of {found.max()} is beyond this tokenizer's {self.largest + self.min_token}: "
-                f"actions reach {np.abs(actions).max():.3g}, they must be normalised to about [-1, 1]"
-            )
-        self.clipped += int((characters < 0).any(1).sum())
-        tokens = (self._tokens("".join(map(chr, row))) for row in np.maximum(characters, 0))
-        return [next(tokens) if length else [] for length in lengths]
+# %% ../../../nbs/models/heads/20_fast.ipynb #22656ab8
+@patch
+def encode(
+    self: FASTCodec,
+    actions: np.ndarray,  # [B, T, D], normalised
+    is_pad: np.ndarray | None = None,  # bool [B, T]; what follows the first padding is ignored
+) -> list[list[int]]:  # tokens in 0 … num_tokens - 1; none for a chunk of padding alone
+    """Tokens of each chunk. Raises `ValueError` for what has no tokens."""
+    lengths = valid_lengths(actions, is_pad, self.horizon, self.action_dim)
+    found = coefficients(hold_last(np.asarray(actions), lengths)[lengths > 0], self.scale)
+    characters = found.reshape(len(found), -1) - self.min_token
+    if (characters > self.largest).any():
+        raise ValueError(
+            f"a coefficient of {found.max()} is beyond this tokenizer's {self.largest + self.min_token}: "
+            f"actions reach {np.abs(actions).max():.3g}, they must be normalised to about [-1, 1]"
+        )
+    self.clipped += int((characters < 0).any(1).sum())
+    tokens = (self._tokens("".join(map(chr, row))) for row in np.maximum(characters, 0))
+    return [next(tokens) if length else [] for length in lengths]
 
-    def decode(self, codes: Sequence[Sequence[int]]) -> np.ndarray:  # float32 [B, T, D]
-        """Chunks of tokens, whatever the model has said. Raises `ValueError` for a number that is no token."""
-        rows = np.array([self._coefficients(ids) for ids in codes], int)
-        return actions_from(rows.reshape(-1, self.horizon, self.action_dim), self.scale)
 
-    def _tokens(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if not self._complete and self.tokenizer.decode(ids, skip_special_tokens=False) != text:
-            lost = next(c for c in text if self.tokenizer.decode(self.tokenizer.encode(c).ids) != c)
-            raise ValueError(
-                f"coefficient {ord(lost) + self.min_token} has no token in this tokenizer, whose alphabet "
-                f"lacks bytes that its data did not hold; {FIT}, which keeps all of them"
-            )
-        return ids
+@patch
+def _tokens(self: FASTCodec, text: str) -> list[int]:
+    ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+    if not self._complete and self.tokenizer.decode(ids, skip_special_tokens=False) != text:
+        lost = next(c for c in text if self.tokenizer.decode(self.tokenizer.encode(c).ids) != c)
+        raise ValueError(
+            f"coefficient {ord(lost) + self.min_token} has no token in this tokenizer, whose alphabet "
+            f"lacks bytes that its data did not hold; {FIT}, which keeps all of them"
+        )
+    return ids
 
-    def _coefficients(self, ids: Sequence[int]) -> np.ndarray:  # int [T D]
-        if strange := [i for i in ids if not 0 <= i < self.num_tokens]:
-            raise ValueError(f"{strange[0]} is no token of this tokenizer, which has {self.num_tokens}")
-        text = self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
-        characters = np.array([ord(c) for c in text], int)
-        found = np.where(characters > self.largest, 0, characters + self.min_token)
-        size = self.horizon * self.action_dim
-        self.repaired += int(len(found) != size or (characters > self.largest).any())
-        return np.pad(found[:size], (0, max(size - len(found), 0)))
+# %% ../../../nbs/models/heads/20_fast.ipynb #7dc22d21
+@patch
+def decode(self: FASTCodec, codes: Sequence[Sequence[int]]) -> np.ndarray:  # float32 [B, T, D]
+    """Chunks of tokens, whatever the model has generated. Raises `ValueError` for a number that is no token."""
+    rows = np.array([self._coefficients(ids) for ids in codes], int)
+    return actions_from(rows.reshape(-1, self.horizon, self.action_dim), self.scale)
+
+
+@patch
+def _coefficients(self: FASTCodec, ids: Sequence[int]) -> np.ndarray:  # int [T D]
+    if strange := [i for i in ids if not 0 <= i < self.num_tokens]:
+        raise ValueError(f"{strange[0]} is no token of this tokenizer, which has {self.num_tokens}")
+    text = self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+    characters = np.array([ord(c) for c in text], int)
+    found = np.where(characters > self.largest, 0, characters + self.min_token)
+    size = self.horizon * self.action_dim
+    self.repaired += int(len(found) != size or (characters > self.largest).any())
+    return np.pad(found[:size], (0, max(size - len(found), 0)))
 
 # %% ../../../nbs/models/heads/20_fast.ipynb #0c125d86
 def fitting_coefficients(
@@ -258,19 +268,29 @@ def fitting_coefficients(
         )
     return found
 
+# %% ../../../nbs/models/heads/20_fast.ipynb #8e5123d8
+@patch(cls_method=True)
+def fit(
+    cls: FASTCodec,
+    chunks: Sequence[np.ndarray],  # N of [T, D], normalised
+    *,
+    vocab_size: int = 1024,
+    scale: float = 10.0,
+) -> FASTCodec:
+    """A codec for data like these chunks. Raises `ValueError`, see `fitting_coefficients`."""
+    found = fitting_coefficients(chunks, vocab_size, scale)
+    low, (_, horizon, action_dim) = int(found.min()), found.shape
+    texts = ["".join(map(chr, row)) for row in found.reshape(len(found), -1) - low]
+    sizes = dict(horizon=horizon, action_dim=action_dim, scale=scale)
+    return cls(train_merges(texts, vocab_size), **sizes, min_token=low, vocab_size=vocab_size)
 
-def agreed(
-    key: str,  # in the file
-    said: int | None,  # by the file
-    asked: int | None,  # by the caller
-    path: Path,
-) -> int:
-    """The one value that a file and its user must share. Raises `ValueError`."""
-    if said is None and asked is None:
-        raise ValueError(f"{path} says no {key}; pass it")
-    if said is not None and asked is not None and said != asked:
-        raise ValueError(f"{path} was fitted with {key}={said}, the policy has {asked}; {FIT}")
-    return int(said if asked is None else asked)
+# %% ../../../nbs/models/heads/20_fast.ipynb #a6ebfe92
+@patch(cls_method=True)
+def unfitted(cls: FASTCodec, horizon: int, action_dim: int, *, max_tokens: int | None = None) -> FASTCodec:
+    """A codec without merges, for actions in about [-2, 2]: works without data, a token or two per number."""
+    low = -int(np.ceil(2 * 10 * np.sqrt(horizon)))  # the mean of a chunk of -2
+    sizes = dict(horizon=horizon, action_dim=action_dim, vocab_size=max(256, -2 * low))
+    return cls(train_merges([], 256), **sizes, min_token=low, max_tokens=max_tokens)
 
 # %% ../../../nbs/models/heads/20_fast.ipynb #eef8dcd7
 _CLASS = "processing_action_tokenizer.UniversalActionProcessor"
@@ -280,83 +300,77 @@ _PUBLISHED = {
 }
 
 
-class FASTCodec(DCTCodec):
-    """FAST: a cosine transform, rounding and byte-pair merges (Pertsch et al. 2025, §IV)."""
+@patch
+def save(self: FASTCodec, folder: str | Path) -> None:
+    """Writes the published format, which the published processor reads as well."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    self.tokenizer.save(str(folder / TOKENIZER))
+    numbers = {"scale": self.scale, "min_token": self.min_token, "vocab_size": self.vocab_size}
+    numbers |= {"action_dim": self.action_dim, "time_horizon": self.horizon}
+    (folder / PROCESSOR).write_text(json.dumps(numbers | _PUBLISHED, indent=2), encoding="utf-8")
+    classes = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(classes, indent=2), encoding="utf-8")
 
-    @classmethod
-    def fit(cls, chunks: Sequence[np.ndarray], *, vocab_size: int = 1024, scale: float = 10.0) -> Self:
-        """A codec for data like `chunks` [N, T, D], normalised. Raises `ValueError`, see `fitting_coefficients`."""
-        found = fitting_coefficients(chunks, vocab_size, scale)
-        low, (_, horizon, action_dim) = int(found.min()), found.shape
-        texts = ["".join(map(chr, row)) for row in found.reshape(len(found), -1) - low]
-        sizes = dict(horizon=horizon, action_dim=action_dim, scale=scale)
-        return cls(train_merges(texts, vocab_size), **sizes, min_token=low, vocab_size=vocab_size)
+# %% ../../../nbs/models/heads/20_fast.ipynb #41a291ad
+def agreed_size(
+    key: str,  # in the file
+    in_file: int | None,
+    given: int | None,  # by the caller
+    path: Path,
+) -> int:
+    """The size that a file and its user must share. Raises `ValueError` when they differ or neither has one."""
+    if in_file is None and given is None:
+        raise ValueError(f"{path} holds no {key}; pass it")
+    if in_file is not None and given is not None and in_file != given:
+        raise ValueError(f"{path} was fitted with {key}={in_file}, the policy has {given}; {FIT}")
+    return int(in_file if given is None else given)
 
-    @classmethod
-    def unfitted(cls, horizon: int, action_dim: int, *, max_tokens: int | None = None) -> Self:
-        """A codec without merges, for actions in about [-2, 2]: works without data, a token or two per number."""
-        low = -int(np.ceil(2 * 10 * np.sqrt(horizon)))  # the mean of a chunk of -2
-        sizes = dict(horizon=horizon, action_dim=action_dim, vocab_size=max(256, -2 * low))
-        return cls(train_merges([], 256), **sizes, min_token=low, max_tokens=max_tokens)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,  # a folder, or a name on the hub
-        *,
-        horizon: int | None = None,  # needed when the files do not say; must agree when they do
-        action_dim: int | None = None,
-        max_tokens: int | None = None,
-    ) -> Self:
-        """Reads the published layout. Raises `FileNotFoundError`, or `ValueError` naming what does not agree."""
-        config, tokenizer = processor_files(source)
-        numbers = read_processor(config)
-        sizes = {
-            "horizon": agreed("time_horizon", numbers["time_horizon"], horizon, config),
-            "action_dim": agreed("action_dim", numbers["action_dim"], action_dim, config),
-        }
-        values = {key: int(numbers[key]) for key in ("min_token", "vocab_size")}
-        tokenizer = read_tokenizer(tokenizer)
-        return cls(tokenizer, **sizes, scale=numbers["scale"], **values, max_tokens=max_tokens)
-
-    def save(self, folder: str | Path) -> None:
-        """Writes the published layout, which the published processor reads as well."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(str(folder / TOKENIZER))
-        numbers = {name: getattr(self, name) for name in ("scale", "min_token", "vocab_size", "action_dim")}
-        content = numbers | {"time_horizon": self.horizon} | _PUBLISHED
-        (folder / PROCESSOR).write_text(json.dumps(content, indent=2), encoding="utf-8")
-        words = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        (folder / "tokenizer_config.json").write_text(json.dumps(words, indent=2), encoding="utf-8")
+# %% ../../../nbs/models/heads/20_fast.ipynb #971ee12d
+@patch(cls_method=True)
+def from_pretrained(
+    cls: FASTCodec,
+    source: str | Path,  # a folder, or a name on the hub
+    *,
+    horizon: int | None = None,  # needed when the files do not hold it; must agree when they do
+    action_dim: int | None = None,
+    max_tokens: int | None = None,
+) -> FASTCodec:
+    """Reads the published format. Raises `FileNotFoundError`, or `ValueError` naming what does not agree."""
+    config, tokenizer = processor_files(source)
+    numbers = read_processor(config)
+    sizes = {
+        "horizon": agreed_size("time_horizon", numbers["time_horizon"], horizon, config),
+        "action_dim": agreed_size("action_dim", numbers["action_dim"], action_dim, config),
+    }
+    values = {key: int(numbers[key]) for key in ("min_token", "vocab_size")}
+    tokenizer = read_tokenizer(tokenizer)
+    return cls(tokenizer, **sizes, scale=numbers["scale"], **values, max_tokens=max_tokens)
 
 # %% ../../../nbs/models/heads/20_fast.ipynb #b1f6c3f3
 @HEADS.register("FAST")
 class FASTHead(TokenHead):
-    """The language model says the chunk in FAST tokens. Raises what `FASTCodec.from_pretrained` raises."""
+    """The language model generates the chunk in FAST tokens. Raises what `FASTCodec.from_pretrained` raises."""
 
     assets = True
 
     def __init__(
         self,
+        sizes: HeadSizes,
         *,
-        input_size: int,
-        action_dim: int,
-        horizon: int,
-        state_dim: int,
         tokenizer: str | None = None,  # folder or hub name; None for no merges, see `FASTCodec.unfitted`
-        first_token_id: int | None = None,  # the word of token 0; None for the end of the vocabulary
-        skip: int = 0,  # words at the end of the vocabulary that are left alone
+        first_token_id: int | None = None,  # the id of code 0; None for the end of the vocabulary
+        skip: int = 0,  # tokens at the end of the vocabulary that are left alone
         descending: bool = False,  # count down from the end
         max_tokens: int | None = None,  # ends a generation that does not stop; None for the longest chunk
     ):
         placing = {"first_token_id": first_token_id, "skip": skip, "descending": descending}
-        sizes = {"horizon": horizon, "action_dim": action_dim}
-        super().__init__(input_size=input_size, state_dim=state_dim, **sizes, **placing)
+        super().__init__(sizes, **placing)
+        chunk = {"horizon": sizes.horizon, "action_dim": sizes.action_dim}
         if tokenizer is None:
-            self.codec = FASTCodec.unfitted(**sizes, max_tokens=max_tokens)
+            self.codec = FASTCodec.unfitted(**chunk, max_tokens=max_tokens)
         else:
-            self.codec = FASTCodec.from_pretrained(tokenizer, **sizes, max_tokens=max_tokens)
+            self.codec = FASTCodec.from_pretrained(tokenizer, **chunk, max_tokens=max_tokens)
 
 # %% ../../../nbs/models/heads/20_fast.ipynb #4ff143bc
 def action_windows(
@@ -372,7 +386,7 @@ def action_windows(
 
 
 def fit_report(
-    codec: DCTCodec,
+    codec: FASTCodec,
     chunks: np.ndarray,  # [N, T, D], normalised
 ) -> str:
     """One line on compression and one on the error of a round trip."""
@@ -391,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fits a FAST tokenizer on the action windows of a LeRobot dataset."""
     parser = argparse.ArgumentParser(description="FAST action tokenizers.")
     fit = parser.add_subparsers(dest="command", required=True).add_parser(
-        "fit", help="fit a tokenizer on a LeRobot dataset; no picture is decoded"
+        "fit", help="fit a tokenizer on a LeRobot dataset; no video is decoded"
     )
     fit.add_argument("--dataset", required=True, help="the dataset's folder")
     fit.add_argument(

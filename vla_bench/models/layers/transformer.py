@@ -1,4 +1,4 @@
-"""Pre-norm blocks and the token of the state
+"""A pre-norm transformer block, and the token that holds the state
 
 Docs: https://vla-bench.github.io/vla_bench/models/layers/transformer.html.md"""
 
@@ -24,9 +24,9 @@ class StateToken(nn.Module):
     def forward(
         self,
         state: Tensor | None,  # [B, S]
-        like: Tensor,  # [B, ...]: how many samples there are, and where
+        like: Tensor,  # [B, ...], for the number of samples and the device
     ) -> Tensor:
-        """Raises `ValueError` for a state that is missing or of another size."""
+        """The token. Raises `ValueError` for a state that is missing or of another size."""
         batch = len(like)
         if self.layer is None:
             return like.new_zeros(batch, 0, self.width)
@@ -37,7 +37,7 @@ class StateToken(nn.Module):
 
 # %% ../../../nbs/models/layers/30_transformer.ipynb #b7322680
 class TransformerBlock(nn.Module):
-    """Pre-norm: attention to itself, to a context where there is one, then a feed-forward network."""
+    """Pre-norm: self-attention, attention to a context where there is one, then a feed-forward network."""
 
     def __init__(self, width: int, heads: int, context: int | None = None, dropout: float = 0.0):
         super().__init__()
