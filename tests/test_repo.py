@@ -45,6 +45,7 @@ CROSS_CUTTING = {
     "evaluation/test_refusals.py": "rollout and policy: what does not fit is refused",
     "evaluation/test_settings.py": "rollout and config: the section `evaluation`",
     "evaluation/test_version_0_1.py": "an evaluation that version 0.1 began",
+    "models/heads/test_hidden_state_heads.py": "what transformer, diffusion and discrete diffusion have in common",
     "training/test_old_runs.py": "a run that version 0.1 wrote",
     "training/test_policy_of_a_run.py": "run and policy",
     "viz/test_recording.py": "the recording that the pages show",
