@@ -65,12 +65,7 @@ class CachedFlowSampler(DiTFlowHead):
     trained_as = ""  # the head to train instead
 
     def loss(
-        self,
-        features: Features,
-        actions: Tensor,
-        is_pad: Tensor,
-        noise: Tensor | None = None,
-        time: Tensor | None = None,
+        self, features: Features, actions: Tensor, is_pad: Tensor, noise=None, time=None
     ) -> dict[str, Tensor]:
         """Always raises `ValueError`: this head samples."""
         raise ValueError(

@@ -174,14 +174,12 @@ def velocity(
 # %% ../../../nbs/models/heads/40_flow_matching.ipynb #flma0031
 @patch
 def loss(
-    self: DiTFlowHead,
-    features: Features,
-    actions: Tensor,  # [B, T, D], normalised
-    is_pad: Tensor,  # bool [B, T]
-    noise: Tensor | None = None,  # [R·B, T, D], x_0; draws lie behind each other
-    time: Tensor | None = None,  # [R·B]
+    self: DiTFlowHead, features: Features, actions: Tensor, is_pad: Tensor, noise=None, time=None
 ) -> dict[str, Tensor]:
-    """`action_loss`: the squared error of the velocity over actions that are not padding."""
+    """`action_loss`: the squared error of the velocity over actions that are not padding.
+
+    `noise` is [R·B, T, D], x_0; draws lie behind each other. `time` is [R·B].
+    """
     self.check_actions(actions, is_pad)
     actions, is_pad = actions.float().repeat(self.repeats, 1, 1), is_pad.repeat(self.repeats, 1)
     noise, time = noise_and_time(actions, noise, time, sample_time_gr00t, self.repeats)
@@ -191,12 +189,7 @@ def loss(
 
 # %% ../../../nbs/models/heads/40_flow_matching.ipynb #b1898fef
 @patch
-def draw_noise(
-    self: DiTFlowHead,
-    batch: int,
-    generator: torch.Generator | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:  # [B, T, D]
+def draw_noise(self: DiTFlowHead, batch: int, generator=None, device="cpu") -> Tensor:  # [B, T, D]
     """Gaussian noise, x_0."""
     return gaussian_noise((batch, self.horizon, self.action_dim), generator, device)
 
@@ -212,12 +205,11 @@ def denoise(self: DiTFlowHead, x: Tensor, encoded: Features) -> Tensor:
 
 # %% ../../../nbs/models/heads/40_flow_matching.ipynb #flma0036
 @patch
-def sample(
-    self: DiTFlowHead,
-    features: Features,
-    noise: Tensor | None = None,  # [B, T, D], x_0
-) -> Tensor:
-    """Normalised actions [B, T, D] after K Euler steps from noise."""
+def sample(self: DiTFlowHead, features: Features, noise: Tensor | None = None) -> Tensor:
+    """Normalised actions [B, T, D] after K Euler steps from noise.
+
+    `noise` is [B, T, D], x_0.
+    """
     x = initial_noise(self, noise, len(features.hidden), features.hidden.device)
     encoded = self.encode_context(features)
     return run_compiled(self, x, encoded) if self.compiles else self.denoise(x, encoded)
@@ -225,11 +217,12 @@ def sample(
 # %% ../../../nbs/models/heads/40_flow_matching.ipynb #flma0033
 @patch
 def attention(
-    self: DiTFlowHead,
-    features: Features,
-    noise: Tensor | None = None,  # [B, T, D], x_0
+    self: DiTFlowHead, features: Features, noise: Tensor | None = None
 ) -> Tensor:  # [B, L], sums to one per sample
-    """Where the action tokens look: cross-attention, mean over heads, blocks, actions and Euler steps."""
+    """Where the action tokens look: cross-attention, mean over heads, blocks, actions and Euler steps.
+
+    `noise` is [B, T, D], x_0.
+    """
     x = initial_noise(self, noise, len(features.hidden), features.hidden.device)
     encoded, looks = self.encode_context(features), []
 
