@@ -234,7 +234,7 @@ def test_a_weight_of_another_shape_is_named(base):
     rewritten(
         base,
         lambda weights: {
-            n: w[:-1].clone() if n.endswith("0.mlp.up_proj.weight") else w for n, w in weights.items()
+            n: w[:-1].clone() if n.endswith("layers.0.mlp.up_proj.weight") else w for n, w in weights.items()
         },
     )
     with pytest.raises(

@@ -314,7 +314,7 @@ def test_a_component_can_be_frozen_alone(home, component):
         ("vision_backbone", {"type": "SigLip"}, "did you mean 'SigLIP'"),
         ("vision_backbone", {"type": "DINOv2"}, "write type: SigLIP"),
         ("vision_backbone", {"layer": -9}, "vision layer -9; expected -1"),
-        ("vision_backbone", {"path": "no/such/folder"}, "tiny_parts siglip --out FOLDER"),
+        ("vision_backbone", {"path": "no/such/folder"}, "tiny_composed siglip --out FOLDER"),
         ("projector", {"type": "MLPs"}, "did you mean 'MLP"),
         ("projector", {"text_size": 3}, "'text_size' is set from the backbone"),
         ("projector", {"fused_vision_dim": 3}, "takes no argument 'fused_vision_dim'"),
