@@ -133,10 +133,10 @@ def explained(path: str | Path, what: str) -> Iterator[None]:
         yield
     except (ImportError, MemoryError):
         raise
-    except FileNotFoundError as error:
-        raise error if str(path) in str(error) else FileNotFoundError(f"{path}: {error}") from error
     except Exception as error:  # json, tokenizers, safetensors and transformers each raise their own kinds
         damaged = folder_damage(Path(path)) if Path(path).is_dir() else []
+        if not damaged and isinstance(error, FileNotFoundError) and str(path) in str(error):
+            raise
         if damaged:
             raise ValueError(f"{'; '.join(damaged)}; {REMEDY}") from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -78,7 +78,7 @@ def read_model(
     **options: Any,  # config, dtype, attn_implementation
 ) -> tuple[PreTrainedModel, list[str]]:  # the model, and the names of the weights that the checkpoint lacks
     """A checkpoint's model. Raises `FileNotFoundError` without weights, `ValueError` for files that are no use."""
-    if Path(path).is_dir() and not any(Path(path).glob(pattern) for pattern in WEIGHTS):
+    if Path(path).is_dir() and not any(file for pattern in WEIGHTS for file in Path(path).glob(pattern)):
         raise FileNotFoundError(f"{path}: no weights to load: it holds no {' or '.join(WEIGHTS)}")
     with explained(path, "the model"), quiet():
         model, found = auto.from_pretrained(
