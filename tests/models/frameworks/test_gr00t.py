@@ -6,6 +6,7 @@ import torch
 
 from vla_bench.models.backbones.tiny_composed import write_tiny_component
 from vla_bench.models.frameworks.framework import Framework
+from vla_bench.training.optim import freeze_modules, parameter_groups
 
 GR00T = ("qwen2_5_vl", "GR00T")
 
@@ -96,3 +97,24 @@ def test_parameters_keep_the_order_that_optimizer_states_count_on(version_0_1):
     model = Framework.from_pretrained(version_0_1.gr00t)
     first = list(dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters()))
     assert first == ["vlm", "action_model", "vision_encoder", "vision_projection"]
+
+
+def test_an_old_configuration_may_name_modules_by_their_old_names(version_0_1):
+    model = Framework.from_pretrained(version_0_1.gr00t)
+    assert model.eyes is model.vision_encoder
+    freeze_modules(model, "eyes")
+    assert not any(p.requires_grad for p in model.vision_encoder.parameters())
+
+
+def test_rates_by_old_names_make_the_groups_of_before(version_0_1):
+    model = Framework.from_pretrained(version_0_1.gr00t)
+    old = parameter_groups(model, {"base": 1e-3, "eyes": 1e-4})
+    new = parameter_groups(model, {"base": 1e-3, "vision_encoder": 1e-4})
+    assert {group["name"] for group in old} == {"base", "base/no_decay", "eyes", "eyes/no_decay"}
+    assert [group["params"] for group in old] == [group["params"] for group in new]
+
+
+def test_a_name_that_never_was_is_no_attribute(version_0_1):
+    model = Framework.from_pretrained(version_0_1.gr00t)
+    with pytest.raises(AttributeError, match="ears"):
+        model.ears  # noqa: B018

@@ -66,6 +66,9 @@ class Framework(nn.Module):
         self.config: dict[str, Any] = {}  # the framework section, for the checkpoint
         self.register_load_state_dict_pre_hook(rename_old_parameters)
 
+    def __getattr__(self, name: str) -> Any:  # asked for what is not there: the old name of a module
+        return super().__getattr__(self.renamed_parameters.get(name, name))
+
     def features(self, batch: dict[str, Any]) -> Features:
         """Runs the backbone as the head wants it."""
         raise NotImplementedError
