@@ -1,4 +1,4 @@
-# make setup | quickstart | test | docs | lab | smoke | figures | speed | format | clean
+# make setup | quickstart | check | test | docs | lab | smoke | figures | speed | format | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -18,8 +18,10 @@ DATA := $(RUNS)/data/metaworld_quickstart
 CONFIG := experiments/configs/quickstart.yaml
 TASKS := drawer-open-v3 button-press-topdown-v3 window-open-v3 door-open-v3
 OVERRIDES ?=
+WORKERS ?= 2
+SINCE ?= main
 
-.PHONY: setup system quickstart test docs smoke figures speed format lab clean
+.PHONY: setup system quickstart check test docs smoke figures speed format lab clean
 setup: $(BIN)/.ready system
 
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -42,9 +44,16 @@ quickstart: setup $(MODEL)/config.json $(DATA)/meta/info.json
 	papermill experiments/evaluate.ipynb $(RUNS)/quickstart/evaluate.ipynb -p config $(RUNS)/quickstart --log-output --no-progress-bar
 	python -m vla_bench.evaluation.report $(RUNS)/quickstart
 
+# Two minutes, for everyday work: lint, the repository's checks, one notebook per folder, what changed since main.
+check: setup
+	ruff check .
+	ruff format -q --check nbs experiments figures tests docs .ci
+	python .ci/check $(SINCE)
+
+# Everything, on two processes; each runs its notebooks in copies of one that has imported torch.
 test: setup
 	ruff check .
-	pytest
+	pytest -n $(WORKERS) --dist worksteal --durations=10
 
 # The whole loop in two minutes: two demonstrations of two tasks, a few steps, a few episodes.
 smoke: setup $(MODEL)/config.json
@@ -74,6 +83,7 @@ format: setup
 	nbdev-export
 	nbdev-clean
 	for folder in experiments figures; do nbdev-clean --fname $$folder; done
+	cp nbs/templates/*.ipynb vla_bench/templates/
 
 lab: setup
 	jupyter lab nbs/index.ipynb

@@ -18,21 +18,24 @@ ROOT = Path(__file__).parents[1]
 STAGE, OUT = ROOT / "_site_src", ROOT / "_docs"
 DIRECTIVE = re.compile(r"^#\|[^\n]*\n?", re.M)
 HIDDEN = re.compile(r"^#\|\s*(hide|default_exp)\b", re.M)
-EXPORTED = re.compile(r"^#\|\s*exports?\b", re.M)
-ROOMS = {
+EXPORTED = re.compile(r"^#\|\s*(exports?|export_in_copy)\b", re.M)
+PACKAGES = {
     "Foundations": "",
     "Data": "data",
     "Models": "models",
+    "Layers": "models/layers",
     "Backbones": "models/backbones",
     "Projectors": "models/projectors",
     "Action heads": "models/heads",
     "Frameworks": "models/frameworks",
+    "Other codebases": "models/interop",
     "Training": "training",
     "Serving": "serving",
     "Benchmarks": "benchmarks",
     "Evaluation": "evaluation",
     "Seeing": "viz",
     "Tutorials": "tutorials",
+    "Templates": "templates",
 }
 
 
@@ -60,9 +63,12 @@ def only_imports(source: str) -> bool:
 
 
 def contents(pages: list[Path]) -> str:
-    """One captioned table of contents per room, as MyST."""
+    """One captioned table of contents per package, as MyST. Raises `ValueError` for a page that is in none."""
+    folders = {p.parent.relative_to(STAGE).as_posix() for p in pages} - {"."}
+    if left := folders - set(PACKAGES.values()):
+        raise ValueError(f"no table of contents shows {sorted(left)}: add them to PACKAGES")
     trees = []
-    for caption, folder in ROOMS.items():
+    for caption, folder in PACKAGES.items():
         inside = [
             p.relative_to(STAGE).with_suffix("").as_posix() for p in pages if p.parent == STAGE / folder
         ]

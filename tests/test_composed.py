@@ -500,7 +500,7 @@ def test_public_names_of_eagle_carry_every_weight(home):
         ("vision_backbone", {"layer": -9}, "vision layer -9; expected -1"),
         ("vision_backbone", {"path": "no/such/folder"}, "tiny_parts siglip --out FOLDER"),
         ("projector", {"type": "MLPs"}, "did you mean 'MLP"),
-        ("projector", {"text_size": 3}, "'text_size' is set by the surroundings"),
+        ("projector", {"text_size": 3}, "'text_size' is set from the backbone"),
         ("projector", {"fused_vision_dim": 3}, "takes no argument 'fused_vision_dim'"),
         ("llm_backbone", {"type": "Llama"}, "holds a 'qwen2', expected 'llama'; write type: Qwen2"),
         ("llm_backbone", {"num_layers": 9}, "has 3 layers; 9 cannot be kept"),

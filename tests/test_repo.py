@@ -7,16 +7,20 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from configparser import ConfigParser
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.ipynb"))
+FIGURES = sorted((ROOT / "figures").glob("*.ipynb"))
 MODULES = sorted(p for p in (ROOT / "vla_bench").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
-ROOMS = [
+PACKAGES = [
     "settings",
     "files",
     "registry",
@@ -28,15 +32,57 @@ ROOMS = [
     "benchmarks",
     "evaluation",
     "viz",
-    "new",
+    "scaffold",
     "__main__",
 ]
-BASE = ["config", "registry", "settings", "data.sample", "data.layout", "data.normalize"]
+BASE = ["config", "registry", "settings", "files", "data.sample", "data.layout", "data.normalize"]
+# Tests of no single module, each with what it is about.
+CROSS_CUTTING = {
+    "test_notebooks.py": "every notebook",
+    "test_repo.py": "the repository",
+    "test_tutorials.py": "components of one's own, by hand and by the scaffold",
+    "evaluation/test_interruptions.py": "rollout and workers: an evaluation that is killed",
+    "evaluation/test_refusals.py": "rollout and policy: what does not fit is refused",
+    "evaluation/test_settings.py": "rollout and config: the section `evaluation`",
+    "evaluation/test_version_0_1.py": "an evaluation that version 0.1 began",
+    "training/test_old_runs.py": "a run that version 0.1 wrote",
+    "training/test_policy_of_a_run.py": "run and policy",
+    "viz/test_recording.py": "the recording that the pages show",
+}
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+LAYERS = [f"layers.{p.stem}" for p in MODULES if p.parent.name == "layers"]
+# Objects that are not ours, asked for what only some of them have: per module, the name and the reason.
+FOREIGN = {
+    "models.backbones.any_vlm": {
+        "signature": "any model of transformers: which inputs its forward takes",
+        "get_rope_index": "models of transformers that count positions in three directions have it",
+        "layer_types": "configurations of transformers with linear attention have it",
+        "model": "models of transformers with an output matrix keep the rest here",
+        "vision_feature_layer": "LLaVA's kin have it",
+        "vision_tower": "LLaVA's kin have it",
+    },
+    "models.backbones.processor": {"signature": "which processors a class of transformers is made of"},
+    "models.backbones.unused_parameters": {"variable": "autograd's leaves have it"},
+    "models.backbones.vision": {
+        "mask_token": "DINOv2's embeddings have it, DINOv3's and SigLIP's do not",
+        "post_layernorm": "SigLIP's name for DINOv2's `layernorm`",
+        "vision_config": "a configuration of CLIP's kind holds one of a tower",
+    },
+    "models.backbones.weights_file": {"depth": "a thread's local has it from its first use on"},
+    "models.frameworks.pi0": {"gradient_checkpointing": "layers of transformers that can forget have it"},
+    "models.backbones.vlm": {
+        "head_dim": "configurations of transformers say it where it is not width / heads",
+        "layer_types": "configurations of transformers with sliding or linear attention have it",
+        "rope_parameters": "configurations of transformers with rotary positions have it",
+    },
+}
 
 
 def sources() -> dict[str, str]:
     """A digest of every notebook and module."""
-    files = [p for room in ("nbs", "experiments", "figures", "vla_bench") for p in (ROOT / room).rglob("*")]
+    files = [
+        p for folder in ("nbs", "experiments", "figures", "vla_bench") for p in (ROOT / folder).rglob("*")
+    ]
     kept = [
         p
         for p in files
@@ -82,43 +128,166 @@ def test_every_module_has_its_notebook(path):
     ).with_suffix("")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_rooms_import_only_from_the_left(path):
-    room = path.relative_to(ROOT / "vla_bench").parts[0].removesuffix(".py")
-    allowed = {room, *ROOMS[: ROOMS.index(room)]} | ({"config"} if room != "settings" else set())
-    package = path.relative_to(ROOT).parts[:-1]
+def module_name(path: Path) -> str:
+    """`vla_bench.models.heads.mlp` for its file."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports(path: Path) -> dict[str, int]:
+    """Every module of the package that a file imports, at its top or inside a function, with the line."""
+    package, known, found = path.relative_to(ROOT).parts[:-1], {module_name(p) for p in MODULES}, {}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
-            base = list(package[: len(package) - node.level + 1]) if node.level else []
-            stem = [*base, *([node.module] if node.module else [])]
-            names = (
-                [".".join(stem)]
-                if len(".".join(stem).split(".")) > 1
-                else [".".join([*stem, a.name]) for a in node.names]
-            )
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "vla_bench" and len(parts) > 1:
-                assert parts[1] in allowed, f"{path.name}:{node.lineno} imports {name}, a room to its right"
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names = [stem] if stem in known else [f"{stem}.{a.name}" for a in node.names]
+        found |= {name: node.lineno for name in names if name.startswith("vla_bench.")}
+    return found
 
 
-def test_the_base_install_needs_no_torch():
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_package_imports_only_from_packages_to_its_left(path):
+    package = path.relative_to(ROOT / "vla_bench").parts[0].removesuffix(".py")
+    allowed = {package, *PACKAGES[: PACKAGES.index(package)]}
+    for name, line in imports(path).items():
+        assert name.split(".")[1] in allowed, f"{path.name}:{line} imports {name}, a package to its right"
+
+
+def test_there_is_no_import_circle():
+    """Imports inside functions count: they are how a circle is usually hidden."""
+    graph = {module_name(path): set(imports(path)) for path in MODULES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"an import circle: {' ← '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("name", ["features", "heads.head", *LAYERS])
+def test_what_a_head_is_written_with_loads_no_transformers(name):
+    code = f"import sys, vla_bench.models.{name}; print('transformers' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+def classes() -> dict[str, tuple[Path, ast.ClassDef]]:
+    """Every class at the top of a module of the package."""
+    return {
+        node.name: (path, node)
+        for path in MODULES
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def test_no_class_exists_only_to_be_subclassed_once():
+    """A class that has one subclass, is never made, and is named in no other module is half of that subclass."""
+    found, bases, called, named = classes(), Counter(), set(), defaultdict(set)
+    for _, node in found.values():
+        bases.update({getattr(base, "attr", getattr(base, "id", "")) for base in node.bases})
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called.add(getattr(node.func, "attr", getattr(node.func, "id", "")))
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    named[alias.name].add(path)
+            elif isinstance(node, ast.Attribute):
+                named[node.attr].add(path)
+    orphans = [
+        f"{module_name(path)}.{name}"
+        for name, (path, node) in found.items()
+        if bases[name] == 1 and name not in called and not named[name] - {path} and not node.decorator_list
+    ]
+    assert not orphans, f"{orphans}: write each together with its subclass (`@patch` gives a method a cell)"
+
+
+def sniffed(path: Path) -> dict[str, int]:
+    """What a module asks objects whether they have it, with the line: `hasattr` or `getattr` with the name written
+    out, and "signature" where a function is asked for its arguments."""
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            name, words = getattr(node.func, "attr", getattr(node.func, "id", "")), node.args[1:2]
+            if name == "signature":
+                found[name] = node.lineno
+            elif name in ("hasattr", "getattr") and words and isinstance(words[0], ast.Constant):
+                found[words[0].value] = node.lineno
+    return found
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in MODULES if p.relative_to(ROOT).parts[1] in ("models", "training")],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_abilities_are_declared_and_not_sniffed(path):
+    """Classes of this package say what they offer. What transformers leaves open stands in `FOREIGN`, and only that."""
+    allowed = FOREIGN.get(module_name(path).removeprefix("vla_bench."), {})
+    found = sniffed(path)
+    assert not found.keys() - allowed, {name: f"{path.name}:{found[name]}" for name in found.keys() - allowed}
+    assert not allowed.keys() - found, f"take {allowed.keys() - found} out of FOREIGN"
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_tests_mirror_the_package(path):
+    name = path.relative_to(ROOT / "tests")
+    module = name.with_name(name.name.removeprefix("test_"))
+    known = str(name) in CROSS_CUTTING or (ROOT / "vla_bench" / module).is_file()
+    assert known, f"there is no vla_bench/{module}; a test of several modules is named in CROSS_CUTTING"
+
+
+def test_the_base_install_needs_no_torch_and_no_fastcore():
     torch_free = [f"vla_bench.{name}" for name in BASE]
     torch_free += [
         ".".join(p.relative_to(ROOT).with_suffix("").parts)
         for p in MODULES
         if p.parent.name in ("benchmarks", "evaluation")
     ]
-    heavy = ["torch", "transformers", "pyarrow", "av", "metaworld", "mujoco", "matplotlib", "pandas"]
+    heavy = [
+        "torch",
+        "transformers",
+        "fastcore",
+        "pyarrow",
+        "av",
+        "metaworld",
+        "mujoco",
+        "matplotlib",
+        "pandas",
+    ]
     code = f"import sys, {', '.join(torch_free)}; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("path", [*NOTEBOOKS, *EXPERIMENTS], ids=lambda p: str(p.relative_to(ROOT)))
+def outputs(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Every stored text of a notebook: the cell's id, the stream's name or the kind of data, the text."""
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        for output in cell.get("outputs", []):
+            if "text" in output:
+                yield cell["id"], output["name"], "".join(output["text"])
+            for kind, data in output.get("data", {}).items():
+                if kind.startswith("text/"):
+                    yield cell["id"], kind, "".join(data)
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *EXPERIMENTS, *FIGURES], ids=lambda p: str(p.relative_to(ROOT)))
+def test_stored_outputs_hold_no_warning(path):
+    for cell, kind, text in outputs(path):
+        one_line = kind == "stderr" and text.startswith("error: ")  # how our programs refuse
+        assert one_line or kind != "stderr", (
+            f"{path.name}, cell {cell} stores what went to standard error: {text[:200]}"
+        )
+        found = re.findall(r"\w*Warning: .*|warnings\.warn\(.*|^WARNING.*", text, re.M)
+        assert not found, f"{path.name}, cell {cell}: {found}"
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *EXPERIMENTS, *FIGURES], ids=lambda p: str(p.relative_to(ROOT)))
 def test_notebooks_hold_no_path_of_a_machine(path):
-    found = re.findall(r"(?:/work/|/root/|/home/|/tmp/)[\w./-]*", path.read_text(encoding="utf-8"))
+    found = re.findall(
+        r"(?:/work/|/root/|/home/|/tmp/|/var/folders/|site-packages/)[\w./-]*",
+        path.read_text(encoding="utf-8"),
+    )
     assert not found, f"{path.name} holds {found[:3]}"
 
 
@@ -133,9 +302,9 @@ def test_settings_name_what_the_code_knows():
 def test_every_registered_component_is_where_the_registry_says():
     from vla_bench import registry
 
-    for menu in (registry.FRAMEWORKS, registry.BACKBONES, registry.HEADS, registry.BENCHMARKS):
-        for name, known in menu.known.items():
-            component = menu.get(name)
+    for known_registry in (registry.FRAMEWORKS, registry.BACKBONES, registry.HEADS, registry.BENCHMARKS):
+        for name, known in known_registry.known.items():
+            component = known_registry.get(name)
             assert component.__module__ == known.module
             declared = re.search(
                 rf'register\(\s*"{re.escape(name)}"(?:,\s*aliases=\(([^)]*)\))?',

@@ -1,4 +1,4 @@
-"""A brick of one's own: found by its entry point in an installed package, and scaffolded with tests that pass."""
+"""A component of one's own: found by its entry point in an installed package, and scaffolded with tests that pass."""
 
 import json
 import os
@@ -24,15 +24,15 @@ DECORATOR
 class ConstantHead(ActionHead):
     reads = "last"
 
-    def __init__(self, *, input_size, action_dim, horizon, state_dim, start: float = 0.0):
-        super().__init__(input_size=input_size, action_dim=action_dim, horizon=horizon, state_dim=state_dim)
-        self.guess = nn.Parameter(torch.full((horizon, action_dim), start))
+    def __init__(self, sizes, *, start: float = 0.0):
+        super().__init__(sizes)
+        self.guess = nn.Parameter(torch.full((self.horizon, self.action_dim), start))
 
-    def loss(self, features, actions, is_pad, state=None, *, noise=None, time=None):
+    def loss(self, features, actions, is_pad, noise=None, time=None):
         pull = 0.0 * features.hidden.mean()
         return {"action_loss": self.mean((self.guess - actions) ** 2, is_pad) + pull}
 
-    def sample(self, features, state=None, *, generator=None, noise=None):
+    def sample(self, features, noise=None):
         return self.guess.expand(len(features.hidden), -1, -1)
 """
 
@@ -41,7 +41,8 @@ import sys, tempfile
 import numpy as np, torch
 from PIL import Image
 from vla_bench.models.backbones.tiny import write_tiny
-from vla_bench.models.frameworks.framework import Framework, build_framework
+from vla_bench.models.frameworks.build import build_framework
+from vla_bench.models.frameworks.framework import Framework
 
 folder, framework, *heads = tempfile.mkdtemp(), *sys.argv[1:]
 sizes = {"image_size": 64, "hidden_size": 32, "num_layers": 1, "vision_hidden_size": 32, "vision_layers": 1}
@@ -128,7 +129,7 @@ def test_the_list_shows_plugins_and_survives_a_broken_one(tmp_path):
     assert {"MLP", "FlowMatching"} <= rows.keys()
 
 
-def test_the_grid_refuses_in_the_words_of_the_bricks():
+def test_the_grid_refuses_in_the_words_of_the_components():
     from vla_bench.models.compatibility import grid
     from vla_bench.registry import BACKBONES, FRAMEWORKS, HEADS
 
@@ -158,7 +159,7 @@ def test_a_backbone_of_an_installed_package_is_found_by_its_model_type(tmp_path)
     )
     run = python("write.py", site=tmp_path, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
-    load = "from vla_bench.models.backbones.vlm import load_vlm; v = load_vlm('duet'); print(type(v).__name__, v.model_type)"
+    load = "from vla_bench.models.backbones.loading import load_vlm; v = load_vlm('duet'); print(type(v).__name__, v.model_type)"
     run = python("-c", load, site=tmp_path, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.split()[-2:] == ["Duet", "duet"]
@@ -187,6 +188,12 @@ def test_scaffolded_notebooks_pass_their_own_tests(repository):
     run = python(str(BIN / "nbdev-test"), "nbs", "--n-workers", "0", cwd=repository)
     assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
     assert len(list((repository / "nbs").glob("*.ipynb"))) == 3
+
+
+@pytest.mark.parametrize("kind", ["head", "backbone", "framework"])
+def test_the_installed_templates_are_those_of_the_notebooks(kind):
+    installed, source = (ROOT / folder / f"{kind}.ipynb" for folder in ("vla_bench/templates", "nbs/templates"))
+    assert installed.read_bytes() == source.read_bytes(), "stale: run `make format`"
 
 
 @pytest.mark.parametrize("kind", ["head", "backbone", "framework"])
@@ -230,7 +237,7 @@ def test_nothing_is_overwritten_and_names_are_checked(repository):
     assert {path: path.read_bytes() for path in (repository / "nbs").iterdir()} == before
 
 
-def test_in_this_repository_a_head_goes_to_its_room(tmp_path):
+def test_in_this_repository_a_head_goes_to_its_folder(tmp_path):
     shutil.copytree(ROOT / "nbs/models/heads", tmp_path / "nbs/models/heads")
     shutil.copy(ROOT / "nbs/10_registry.ipynb", tmp_path / "nbs")
     run = python("-m", "vla_bench", "new", "head", "Mixture", cwd=tmp_path)

@@ -15,14 +15,19 @@ from collections.abc import Sequence
 
 # %% ../nbs/97___main__.ipynb #12629a6b
 COMMANDS = {
-    "list": ("vla_bench.models.compatibility", "what bricks there are, and which of them fit together"),
+    "convert": (
+        "vla_bench.models.interop.convert",
+        "turn a checkpoint of another codebase into a run folder",
+    ),
+    "fluxvla": ("vla_bench.models.interop.fluxvla", "translate a configuration of FluxVLA to one of ours"),
+    "list": ("vla_bench.models.compatibility", "what components there are, and which of them fit together"),
     "new": ("vla_bench.scaffold", "write the notebook of a new head, backbone or framework"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that the first word names."""
-    lines = [f"  {name:6} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:8} {text}" for name, (_, text) in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="vla_bench",
         description="A notebook-first workbench for vision-language-action models.",

@@ -6,7 +6,7 @@ Docs: https://vla-bench.github.io/vla_bench/registry.html.md"""
 
 # %% auto #0
 __all__ = ['EXTRAS', 'FRAMEWORKS', 'BACKBONES', 'VISION_BACKBONES', 'PROJECTORS', 'LLM_BACKBONES', 'HEADS', 'BENCHMARKS',
-           'RegistryError', 'suggest', 'Known', 'install_hint', 'Registry', 'check_arguments']
+           'RegistryError', 'suggest', 'Known', 'install_hint', 'check_arguments', 'Registry']
 
 # %% ../nbs/10_registry.ipynb #13f32b5c
 import importlib
@@ -58,6 +58,31 @@ def install_hint(
     top = missing.partition(".")[0]
     return f'pip install "vla_bench[{EXTRAS[top]}]"' if top in EXTRAS else f"pip install {top}"
 
+# %% ../nbs/10_registry.ipynb #7417550b
+def check_arguments(
+    what: str,  # named in the message
+    target: Callable,  # class or function about to be called
+    given: Mapping[str, Any],  # its keyword arguments
+    also: Iterable[str] = (),  # names that are read elsewhere, for the suggestion
+) -> None:
+    """Raises `RegistryError` for arguments that `target` does not name or that it needs and are missing."""
+    parameters = inspect.signature(target).parameters
+    for name in given:
+        if name not in parameters:
+            raise RegistryError(f"{what} takes no argument {name!r}{suggest(name, [*parameters, *also])}")
+    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    if missing := [n for n in needed if n not in given]:
+        raise RegistryError(f"{what} needs {', '.join(map(repr, missing))}")
+
+
+def _refuse_var_keyword(kind: str, name: str, cls: type) -> None:
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values()):
+        raise RegistryError(f"{kind} {name!r}: name every argument; **kwargs would swallow a misspelt one")
+
+
+def _edited(present: type, new: type) -> bool:
+    return present.__name__ == new.__name__ and "__main__" in (present.__module__, new.__module__)
+
 # %% ../nbs/10_registry.ipynb #7acb191a
 class Registry:
     """Components of one kind by name. Raises `RegistryError` for unknown or repeated names."""
@@ -79,16 +104,8 @@ class Registry:
 
         def file(cls: type) -> type:
             _refuse_var_keyword(self.kind, name, cls)
+            _refuse_taken(self, name, cls, aliases)
             present = self.classes.get(name)
-            if present is not None and present is not cls and not _edited(present, cls):
-                raise RegistryError(
-                    f"{self.kind} {name!r} is already {present.__module__}.{present.__qualname__}"
-                )
-            entry = f"{cls.__module__}:{cls.__qualname__}"  # a plugin may be announced under its own alias
-            taken = {n for n in self.names() if n not in self.plugins() or self.plugins()[n].value != entry}
-            for alias in aliases:
-                if self.aliases.get(alias, name) != name or alias in taken:
-                    raise RegistryError(f"{self.kind} alias {alias!r} of {name!r} is already taken")
             if present is None or present.__module__ != "__main__" or cls.__module__ == "__main__":
                 self.classes[name] = cls
             self.aliases.update(dict.fromkeys(aliases, name))
@@ -120,31 +137,14 @@ class Registry:
         """The class behind a name or an alias, imported now if it was not yet."""
         name = self.canonical(name)
         if name not in self.classes:
-            self._load(name)
+            _load(self, name)
         return self.classes[name]
-
-    def _load(self, name: str) -> None:
-        try:
-            if name in self.known:
-                importlib.import_module(self.known[name].module)
-            else:
-                self.register(name)(self.plugins()[name].load())
-        except ModuleNotFoundError as error:
-            if (error.name or "").startswith("vla_bench"):
-                raise
-            raise RegistryError(
-                f"{self.kind} {name!r} needs {error.name!r}: {install_hint(error.name)}"
-            ) from error
-        if name not in self.classes:
-            raise RegistryError(
-                f"{self.known[name].module} was imported but registers no {self.kind} {name!r}"
-            )
 
     def build(
         self,
         config: Mapping
         | str,  # `type` names the class, every other key is an argument; a string is `type` alone
-        **context: Any,  # arguments that the surroundings give, such as the width of the backbone
+        **context: Any,  # arguments set from the backbone, such as its width
     ) -> Any:  # the instance
         """An instance from configuration. Raises `RegistryError` for unknown, repeated or missing arguments."""
         arguments = {"type": config} if isinstance(config, str) else dict(config)
@@ -153,34 +153,36 @@ class Registry:
         name = arguments.pop("type")
         cls = self.get(name)
         if both := sorted(arguments.keys() & context.keys()):
-            raise RegistryError(f"{self.kind} {name!r}: {both[0]!r} is set by the surroundings; remove it")
+            raise RegistryError(f"{self.kind} {name!r}: {both[0]!r} is set from the backbone; remove it")
         check_arguments(f"{self.kind} {name!r}", cls, {**arguments, **context})
         return cls(**arguments, **context)
 
-# %% ../nbs/10_registry.ipynb #7417550b
-def check_arguments(
-    what: str,  # named in the message
-    target: Callable,  # class or function about to be called
-    given: Mapping[str, Any],  # its keyword arguments
-    also: Iterable[str] = (),  # names that are read elsewhere, for the suggestion
-) -> None:
-    """Raises `RegistryError` for arguments that `target` does not name or that it needs and are missing."""
-    parameters = inspect.signature(target).parameters
-    for name in given:
-        if name not in parameters:
-            raise RegistryError(f"{what} takes no argument {name!r}{suggest(name, [*parameters, *also])}")
-    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
-    if missing := [n for n in needed if n not in given]:
-        raise RegistryError(f"{what} needs {', '.join(map(repr, missing))}")
+# %% ../nbs/10_registry.ipynb #5c43522c
+def _refuse_taken(registry: Registry, name: str, cls: type, aliases: tuple[str, ...]) -> None:
+    present, kind = registry.classes.get(name), registry.kind
+    if present is not None and present is not cls and not _edited(present, cls):
+        raise RegistryError(f"{kind} {name!r} is already {present.__module__}.{present.__qualname__}")
+    entry = f"{cls.__module__}:{cls.__qualname__}"  # a plugin may be announced under its own alias
+    plugins = registry.plugins()
+    taken = {n for n in registry.names() if n not in plugins or plugins[n].value != entry}
+    for alias in aliases:
+        if registry.aliases.get(alias, name) != name or alias in taken:
+            raise RegistryError(f"{kind} alias {alias!r} of {name!r} is already taken")
 
-
-def _refuse_var_keyword(kind: str, name: str, cls: type) -> None:
-    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values()):
-        raise RegistryError(f"{kind} {name!r}: name every argument; **kwargs would swallow a misspelt one")
-
-
-def _edited(present: type, new: type) -> bool:
-    return present.__name__ == new.__name__ and "__main__" in (present.__module__, new.__module__)
+# %% ../nbs/10_registry.ipynb #9701ff37
+def _load(registry: Registry, name: str) -> None:
+    kind, known = registry.kind, registry.known
+    try:
+        if name in known:
+            importlib.import_module(known[name].module)
+        else:
+            registry.register(name)(registry.plugins()[name].load())
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("vla_bench"):
+            raise
+        raise RegistryError(f"{kind} {name!r} needs {error.name!r}: {install_hint(error.name)}") from error
+    if name not in registry.classes:
+        raise RegistryError(f"{known[name].module} was imported but registers no {kind} {name!r}")
 
 # %% ../nbs/10_registry.ipynb #77255835
 _MODELS = "vla_bench.models"
@@ -219,6 +221,8 @@ BACKBONES = Registry(
         "AnyVLM": Known(f"{_BACKBONES}.any_vlm", ("any",)),
     },
 )
+
+# %% ../nbs/10_registry.ipynb #bcda4ed1
 VISION_BACKBONES = Registry(
     "vision backbone",
     "vla_bench.vision_backbones",

@@ -1,4 +1,4 @@
-"""A chunk of actions from the flow-matching head and from its inference twin: seconds, operations, and their ratio.
+"""A chunk of actions from the flow-matching head and from its inference head: seconds, operations, and their ratio.
 
 python experiments/speed/flow_sampling.py [--shape gr00t] [--repeats 5] [--compile]
 
@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vla_bench.models.features import BackboneSizes, Features
 from vla_bench.models.heads.flow_inference import FlowMatchingInferenceHead, LayerwiseFlowMatchingInference
 from vla_bench.models.heads.flow_matching import FlowMatchingHead
+from vla_bench.models.heads.head import HeadSizes
 from vla_bench.models.heads.layerwise_flow import LayerwiseFlowMatchingHead
 
 SHAPES = {  # tokens of the prompt, width of the backbone, and the head's own sizes
@@ -27,22 +28,24 @@ HORIZON, ACTION_DIM, STATE_DIM = 16, 7, 8
 
 
 def heads(shape: str, steps: int, compile: bool, device: torch.device) -> tuple:
-    """The training head and its twin with the same weights, and an observation for them."""
+    """The training head and the inference head with the same weights, and an observation for them."""
     length, width, own = SHAPES[shape]
-    sizes = {"input_size": width, "action_dim": ACTION_DIM, "horizon": HORIZON, "state_dim": STATE_DIM, **own}
     kinds = FlowMatchingHead, FlowMatchingInferenceHead
-    layers = ()
+    layers, backbone = (), None
     if shape == "layerwise":
         kinds = LayerwiseFlowMatchingHead, LayerwiseFlowMatchingInference
-        sizes["backbone"] = BackboneSizes(width, own["num_layers"], vocab_size=1)
+        backbone = BackboneSizes(width, own["num_layers"], vocab_size=1)
         layers = tuple(torch.randn(1, length, width, device=device) for _ in range(own["num_layers"]))
     torch.manual_seed(0)
+    sizes = HeadSizes(width, ACTION_DIM, HORIZON, STATE_DIM, backbone=backbone)
+    own = {**own, "num_inference_timesteps": steps, "compile": compile}
     with device:
-        naive, twin = (kind(**sizes, num_inference_timesteps=steps, compile=compile).eval() for kind in kinds)
+        training, inference = (kind(sizes, **own).eval() for kind in kinds)
+        state = torch.randn(1, STATE_DIM)
         hidden = layers[-1] if layers else torch.randn(1, length, width)
-        prompt = Features(hidden, torch.ones(1, length, dtype=torch.bool), layers=layers or None)
-    twin.load_state_dict(naive.state_dict())
-    return naive, twin, prompt
+        prompt = Features(hidden, torch.ones(1, length, dtype=torch.bool), layers=layers or None, state=state)
+    inference.load_state_dict(training.state_dict())
+    return training, inference, prompt
 
 
 def seconds(call, device: torch.device) -> float:
@@ -65,16 +68,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    naive, twin, prompt = heads(options.shape, options.steps, options.compile, device)
-    state = torch.randn(1, STATE_DIM, device=device)
+    training, inference, prompt = heads(options.shape, options.steps, options.compile, device)
     noise = torch.randn(1, HORIZON, ACTION_DIM, device=device)
 
     def sample(head) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return head.sample(prompt, state, noise=noise)
+            return head.sample(prompt, noise)
 
-    difference = float((sample(naive) - sample(twin)).abs().max())  # also warms both up
-    times = {naive: [], twin: []}
+    difference = float((sample(training) - sample(inference)).abs().max())  # also warms both up
+    times = {training: [], inference: []}
     for _ in range(options.repeats):
         for head, taken in times.items():
             taken.append(seconds(lambda: sample(head), device))  # noqa: B023, called at once
@@ -89,7 +91,7 @@ def main() -> None:
                 sample(head)
             counted = f"{counter.get_total_flops() / 1e9:8.1f} GFLOP"
         print(f"  {type(head).__name__:32} {1000 * median(taken):8.0f} ms ({spread}) {counted}")
-    print(f"  ratio of time {median(times[naive]) / median(times[twin]):.2f}")
+    print(f"  ratio of time {median(times[training]) / median(times[inference]):.2f}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 python experiments/speed/train_step.py [--shape qwen2_5_vl_3b]
 
 The 3B shape is randomly initialised from transformers' own configuration class, so nothing is downloaded: fp32 master
-weights, bf16 autocast, fused AdamW, batch 8, two pictures of 224 x 224. It needs a GPU with about 70 GiB.
+weights, bf16 autocast, fused AdamW, batch 8, two images of 224 x 224. It needs a GPU with about 70 GiB.
 """
 
 import argparse
@@ -16,15 +16,16 @@ from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vla_bench.data.sample import Sample
+from vla_bench.models.backbones.loading import load_vlm
 from vla_bench.models.backbones.processor import load_processor
 from vla_bench.models.backbones.qwen import QwenVL
 from vla_bench.models.backbones.tiny import write_tiny
-from vla_bench.models.backbones.loading import load_vlm
 from vla_bench.models.backbones.vlm import VLM
 from vla_bench.models.frameworks.oft import OFT
+from vla_bench.models.heads.head import HeadSizes
 from vla_bench.models.heads.mlp import MLPHead
 
-SHAPES = {  # batch, pictures per sample, side in pixels
+SHAPES = {  # batch, images per sample, side in pixels
     "quickstart": (64, 1, 96),
     "qwen2_5_vl_3b": (8, 2, 224),
 }
@@ -51,7 +52,7 @@ def backbone(shape: str, side: int, device: torch.device) -> VLM:
     vision |= {"out_hidden_size": 2048, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
     names = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
     names |= {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
-    ids = {f"{name}_token_id": token(word) for name, word in names.items()}
+    ids = {f"{name}_token_id": token(literal) for name, literal in names.items()}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
     config._attn_implementation = "sdpa"
     with torch.device(device):
@@ -84,15 +85,15 @@ def main() -> None:
     torch.set_num_threads(1 if not gpu else torch.get_num_threads())
     size, cameras, side = SHAPES[options.shape]
     vlm = backbone(options.shape, side, device)
-    sizes = {"action_dim": 7, "horizon": 8, "state_dim": 8}
-    model = OFT(vlm, MLPHead(input_size=vlm.hidden_size, **sizes)).to(device)
+    sizes = HeadSizes(vlm.hidden_size, action_dim=7, horizon=8, state_dim=8)
+    model = OFT(vlm, MLPHead(sizes)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
     rng = np.random.default_rng(0)
 
     def sample() -> Sample:
-        pictures = [Image.fromarray(rng.integers(0, 255, (side, side, 3), np.uint8)) for _ in range(cameras)]
+        images = [Image.fromarray(rng.integers(0, 255, (side, side, 3), np.uint8)) for _ in range(cameras)]
         chunk = {"action": rng.uniform(-1, 1, (8, 7)).astype(np.float32), "action_is_pad": np.zeros(8, bool)}
-        return Sample(image=pictures, lang="open the drawer", state=np.zeros(8, np.float32), **chunk)
+        return Sample(image=images, lang="open the drawer", state=np.zeros(8, np.float32), **chunk)
 
     batch = model.prepare([sample() for _ in range(size)])
     observation = model.prepare([sample()])

@@ -1,4 +1,4 @@
-"""Random access to the pictures of a dataset: the package's reader beside the plain way, a file opened anew per sample.
+"""Random access to the images of a dataset: the package's reader beside the plain way, a file opened anew per sample.
 
 python experiments/speed/video_access.py experiments/runs/data/metaworld_quickstart
 """
@@ -27,7 +27,7 @@ def opened_anew(path, index: int) -> np.ndarray:
 
 
 def milliseconds(read: Callable, places: list, repeats: int = 5) -> float:
-    """The best of several passes, per picture."""
+    """The best of several passes, per image."""
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
@@ -47,18 +47,18 @@ def main() -> None:
     rng = np.random.default_rng(0)
     places = []
     for index in rng.integers(0, len(dataset), options.samples):
-        which = int(np.searchsorted(dataset.starts, index, side="right")) - 1
-        path, first = dataset.files.episodes[which].videos[key]
-        places.append((path, first + int(index - dataset.starts[which])))
+        episode, frame, _ = dataset.subset.locate(int(index))
+        path, first = episode.videos[key]
+        places.append((path, first + frame))
     for path, index in places:
         assert np.array_equal(reader(path).read(index), opened_anew(path, index)), (
             "the two ways must give the same pixels"
         )
     ours = milliseconds(lambda path, index: reader(path).read(index), places)
     theirs = milliseconds(opened_anew, places)
-    print(f"{len(places)} random pictures {dataset.image_size} of {dataset.name}")
-    print(f"  opened anew  {theirs:7.3f} ms per picture")
-    print(f"  vla_bench    {ours:7.3f} ms per picture   {theirs / ours:.1f} x")
+    print(f"{len(places)} random images {dataset.image_size} of {dataset.name}")
+    print(f"  opened anew  {theirs:7.3f} ms per image")
+    print(f"  vla_bench    {ours:7.3f} ms per image   {theirs / ours:.1f} x")
 
 
 if __name__ == "__main__":

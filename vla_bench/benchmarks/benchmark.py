@@ -30,7 +30,7 @@ class BenchmarkSpec:
     control_rate: float  # Hz, actions per second
     max_steps: int  # actions after which an episode has failed
     protocol: str  # one sentence: how scenes are drawn and what counts as success
-    version: Mapping[str, str]  # of the packages that decide the physics and the pictures
+    version: Mapping[str, str]  # of the packages that decide the physics and the images
 
 # %% ../../nbs/benchmarks/00_benchmark.ipynb #deaac649
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def instruction(self, task: str) -> str:
-        """The sentence that a policy is given."""
+        """The instruction that a policy is given."""
 
     @abstractmethod
     def make(

@@ -1,4 +1,4 @@
-"""Where a LeRobot dataset keeps an episode's numbers and pictures, v2.0 to v3.0
+"""Where a LeRobot dataset keeps an episode's numbers and images, v2.0 to v3.0
 
 Docs: https://vla-bench.github.io/vla_bench/data/lerobot_files.html.md"""
 
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .layout import Layout
+from ..files import read_json
 from ..registry import suggest
 
 # %% ../../nbs/data/50_lerobot_files.ipynb #b00a8eac
@@ -49,12 +50,26 @@ class DatasetFiles:
 
     @property
     def features(self) -> dict[str, dict]:
-        """Columns and pictures with their dtype, shape and names."""
+        """Columns and cameras with their dtype, shape and names."""
         return self.info["features"]
 
     def cameras(self) -> list[str]:
-        """Picture features in their declared order."""
+        """Image features in their declared order."""
         return [name for name, f in self.features.items() if f["dtype"] in ("video", "image")]
+
+# %% ../../nbs/data/50_lerobot_files.ipynb #8a9cabc8
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except (ValueError, OSError) as error:
+        raise DatasetError(str(error)) from error
+
+
+def _read_lines(path: Path) -> list[dict]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (ValueError, OSError) as error:
+        raise DatasetError(f"{path} cannot be read as JSON lines: {error}") from error
 
 # %% ../../nbs/data/50_lerobot_files.ipynb #1fcd569a
 def read_files(
@@ -79,27 +94,11 @@ def read_files(
             f"{root}: codebase_version {version!r} is not known here{suggest(version, readers)}"
         )
     episodes, tasks = readers[version](root, info)
-    modality = root / "meta/modality.json"
-    files = DatasetFiles(
-        root, version, info, episodes, tasks, _read_json(modality) if modality.is_file() else {}
-    )
     if not episodes:
         raise DatasetError(f"{root}: the dataset holds no episode")
-    return files
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise DatasetError(f"{path} cannot be read as JSON: {error}") from error
-
-
-def _read_lines(path: Path) -> list[dict]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (ValueError, OSError) as error:
-        raise DatasetError(f"{path} cannot be read as JSON lines: {error}") from error
+    modality = root / "meta/modality.json"
+    names = _read_json(modality) if modality.is_file() else {}
+    return DatasetFiles(root, version, info, episodes, tasks, names)
 
 # %% ../../nbs/data/50_lerobot_files.ipynb #cbd72fe9
 def _video_features(info: Mapping) -> list[str]:
@@ -118,7 +117,7 @@ def _read_v2(root: Path, info: Mapping) -> tuple[list[Episode], dict[int, str]]:
     tasks = {row["task_index"]: row["task"] for row in _read_lines(root / "meta/tasks.jsonl")}
     return episodes, tasks
 
-
+# %% ../../nbs/data/50_lerobot_files.ipynb #75b87616
 def _read_v3(root: Path, info: Mapping) -> tuple[list[Episode], dict[int, str]]:
     place = lambda row, prefix: {n: row[f"{prefix}/{n}"] for n in ("chunk_index", "file_index")}
     episodes = []
@@ -133,8 +132,8 @@ def _read_v3(root: Path, info: Mapping) -> tuple[list[Episode], dict[int, str]]:
             episodes.append(Episode(row["episode_index"], row["length"], data, videos))
     _read_schema(root / "meta/tasks.parquet")
     tasks = pq.read_table(root / "meta/tasks.parquet").to_pydict()
-    words = tasks.get("task", tasks.get("__index_level_0__"))
-    return sorted(episodes, key=lambda e: e.index), dict(zip(tasks["task_index"], words))
+    instructions = tasks.get("task", tasks.get("__index_level_0__"))
+    return sorted(episodes, key=lambda e: e.index), dict(zip(tasks["task_index"], instructions))
 
 
 def _read_schema(path: Path) -> pa.Schema:
@@ -187,7 +186,7 @@ class Spans:
         """The vector, [N, D] float32."""
         return np.concatenate([columns[c][:, a:b] for c, a, b in self.parts], axis=1).astype(np.float32)
 
-
+# %% ../../nbs/data/50_lerobot_files.ipynb #ebf4c58a
 def find_spans(
     files: DatasetFiles,
     role: str,  # "action" or "state"
@@ -196,17 +195,23 @@ def find_spans(
     """How the action or state is assembled, and its layout. Raises `DatasetError` for an unknown column."""
     entries = files.modality.get(role) or {}
     ours = (files.info.get("vla_bench") or {}).get(f"{role}_layout")
-    if not entries or ours:
-        if key not in files.features:
-            raise DatasetError(
-                f"{files.root}: no feature {key!r} for the {role}{suggest(key, files.features)}"
-            )
-        layout = (
-            Layout(**ours)
-            if ours
-            else Layout(_feature_names(files.features[key]), kind="unknown", gripper="unknown")
-        )
-        return Spans(((key, 0, None),), layout)
+    if entries and not ours:
+        return _modality_spans(files, entries, key)
+    if key not in files.features:
+        raise DatasetError(f"{files.root}: no feature {key!r} for the {role}{suggest(key, files.features)}")
+    told = {"names": _feature_names(files.features[key]), "kind": "unknown", "gripper": "unknown"}
+    return Spans(((key, 0, None),), Layout(**(ours or told)))
+
+
+def _feature_names(feature: Mapping) -> tuple[str, ...]:
+    """Names of a feature's dimensions: LeRobot has had a list, a mapping of lists, and nothing."""
+    names, width = feature.get("names"), int(np.prod(feature["shape"]))
+    if isinstance(names, Mapping):
+        names = [name for group in names.values() for name in group]
+    return tuple(names) if names and len(set(names)) == width else tuple(f"dim_{i}" for i in range(width))
+
+# %% ../../nbs/data/50_lerobot_files.ipynb #400b2750
+def _modality_spans(files: DatasetFiles, entries: Mapping[str, Mapping], key: str) -> Spans:
     parts = tuple((e.get("original_key") or key, e["start"], e["end"]) for e in entries.values())
     if odd := [c for c, _, _ in parts if c not in files.features]:
         raise DatasetError(
@@ -220,11 +225,3 @@ def find_spans(
     absolute = {e.get("absolute") for e in entries.values()}
     kind = {True: "absolute", False: "delta"}.get(absolute.pop() if len(absolute) == 1 else None, "unknown")
     return Spans(parts, Layout(tuple(names), kind=kind, gripper="unknown", rotation="unknown"))
-
-
-def _feature_names(feature: Mapping) -> tuple[str, ...]:
-    """Names of a feature's dimensions: LeRobot has had a list, a mapping of lists, and nothing."""
-    names, width = feature.get("names"), int(np.prod(feature["shape"]))
-    if isinstance(names, Mapping):
-        names = [name for group in names.values() for name in group]
-    return tuple(names) if names and len(set(names)) == width else tuple(f"dim_{i}" for i in range(width))

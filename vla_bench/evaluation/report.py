@@ -9,14 +9,14 @@ __all__ = ['load_evaluations', 'success_rows', 'success_table', 'plot_success', 
 
 # %% ../../nbs/evaluation/20_report.ipynb #3b22bf5a
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import cli_errors
-from .rollout import read_episodes
+from .rollout import read_episodes, with_current_keys
 from .statistics import summarize, wilson_interval
+from ..files import read_json
 
 # %% ../../nbs/evaluation/20_report.ipynb #00c9a7ec
 def load_evaluations(
@@ -25,23 +25,24 @@ def load_evaluations(
     """The evaluations of a run. Raises `FileNotFoundError` when there are none."""
     run = Path(run)
     folders = [run] if (run / "episodes.jsonl").exists() else sorted((run / "eval").glob("*/"))
-    found = {}
-    for folder in folders:
-        if not (folder / "episodes.jsonl").exists():
-            continue
-        records = read_episodes(folder / "episodes.jsonl")
-        summary = folder / "summary.json"
-        if summary.exists():
-            found[folder.name] = {**json.loads(summary.read_text(encoding="utf-8")), "finished": True}
-        elif records:
-            found[folder.name] = {**summarize(records), "finished": False}
-        if folder.name in found:
-            found[folder.name]["records"] = records
+    loaded = {folder.name: _load_evaluation(folder) for folder in folders}
+    found = {name: evaluation for name, evaluation in loaded.items() if evaluation is not None}
     if not found:
         raise FileNotFoundError(
             f"no evaluation in {run}: expected eval/<benchmark>/episodes.jsonl; evaluate first"
         )
     return found
+
+
+def _load_evaluation(folder: Path) -> dict[str, Any] | None:  # None before the first episode has ended
+    if not (folder / "episodes.jsonl").exists():
+        return None
+    records = read_episodes(folder / "episodes.jsonl")
+    if (folder / "summary.json").exists():
+        summary = read_json(folder / "summary.json")
+        fingerprint = with_current_keys(summary["fingerprint"])
+        return {**summary, "fingerprint": fingerprint, "finished": True, "records": records}
+    return {**summarize(records), "finished": False, "records": records} if records else None
 
 # %% ../../nbs/evaluation/20_report.ipynb #bffc38d5
 def success_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:

@@ -17,13 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastcore.basics import patch
+from PIL import Image
 
-from ..config import cli_errors, suggest
+from ..config import cli_errors
 from ..data.layout import PolicySpec, spec_from_dict, spec_to_dict
 from ..data.normalize import Normalizer, load_statistics, statistics_hash
 from ..data.sample import Sample, check_sample
+from ..files import read_json
 from ..models.attention_map import AttentionMap
 from ..models.frameworks.framework import Framework
+from ..registry import suggest
 from ..settings import get_setting
 from ..training.checkpoint import find_checkpoint
 
@@ -51,9 +55,40 @@ def load_normalizers(
     fields = ("action", "state") if spec.state else ("action",)
     return {name: Normalizer(statistics[spec.dataset][name], spec.normalization[name]) for name in fields}
 
+# %% ../../nbs/serving/20_policy.ipynb #3afcbca8
+def _check_images(images: Sequence[Any], spec: PolicySpec) -> None:
+    """Raises `ValueError` for a missing camera, another size, or what is no PIL image."""
+    if len(images) != len(spec.cameras):
+        raise ValueError(
+            f"the observation has {len(images)} images, the policy sees {len(spec.cameras)} cameras "
+            f"in this order: {', '.join(spec.cameras)}; render the missing one, or leave the others out"
+        )
+    height, width = spec.image_size
+    for camera, image in zip(spec.cameras, images):
+        if not isinstance(image, Image.Image):
+            raise ValueError(
+                f"the image of camera {camera!r} is a {type(image).__name__}, expected a PIL image"
+            )
+        if image.size != (width, height):
+            raise ValueError(
+                f"the image of camera {camera!r} is {image.size} (width, height), expected {(width, height)}; "
+                "render at that size: a policy never resizes, since the filter must be that of the training data"
+            )
+
+
+def _check_state(state: Any, spec: PolicySpec) -> np.ndarray:  # float64 [S]
+    """Raises `ValueError` for a state that is missing or has another length."""
+    names = ", ".join(spec.state.names)
+    if state is None:
+        raise ValueError(f"the observation has no 'state'; the policy reads {names}")
+    state = np.asarray(state, dtype=np.float64)
+    if state.shape != (spec.state.dim,):
+        raise ValueError(f"'state' has the shape {list(state.shape)}, expected [{spec.state.dim}]: {names}")
+    return state
+
 # %% ../../nbs/serving/20_policy.ipynb #b1aeeb24
 def sample_from(
-    observation: Mapping[str, Any],  # image: list of PIL pictures; lang: str; state: [S], physical
+    observation: Mapping[str, Any],  # image: list of PIL images; lang: str; state: [S], physical
     spec: PolicySpec,
     normalizers: Mapping[str, Normalizer],
 ) -> Sample:
@@ -62,38 +97,11 @@ def sample_from(
         raise ValueError(f"the observation has an unknown key {odd[0]!r}; it has image, lang and state")
     sample: Sample = {"image": list(observation.get("image", [])), "lang": observation.get("lang", "")}
     sample |= {"dataset": spec.dataset, "origin": "observation"}
-    _check_pictures(sample["image"], spec)
+    _check_images(sample["image"], spec)
     if spec.state:
-        if observation.get("state") is None:
-            raise ValueError(
-                f"the observation has no 'state'; the policy reads {', '.join(spec.state.names)}"
-            )
-        state = np.asarray(observation["state"], dtype=np.float64)
-        if state.shape != (spec.state.dim,):
-            raise ValueError(
-                f"'state' has the shape {list(state.shape)}, expected [{spec.state.dim}]: "
-                f"{', '.join(spec.state.names)}"
-            )
-        sample["state"] = normalizers["state"].normalize(state)
+        sample["state"] = normalizers["state"].normalize(_check_state(observation.get("state"), spec))
     check_sample(sample)
     return sample
-
-# %% ../../nbs/serving/20_policy.ipynb #3afcbca8
-def _check_pictures(images: Sequence[Any], spec: PolicySpec) -> None:
-    """Raises `ValueError` for a missing camera or another size."""
-    if len(images) != len(spec.cameras):
-        raise ValueError(
-            f"the observation has {len(images)} pictures, the policy sees {len(spec.cameras)} cameras "
-            f"in this order: {', '.join(spec.cameras)}; render the missing one, or leave the others out"
-        )
-    height, width = spec.image_size
-    for camera, image in zip(spec.cameras, images):
-        size = getattr(image, "size", None)
-        if size != (width, height):
-            raise ValueError(
-                f"the picture of camera {camera!r} is {size} (width, height), expected {(width, height)}; "
-                "render at that size: a policy never resizes, since the filter must be that of the training data"
-            )
 
 # %% ../../nbs/serving/20_policy.ipynb #d073b0aa
 class Policy:
@@ -113,29 +121,10 @@ class Policy:
         self.framework, self.spec, self.normalizers = framework.eval(), spec, dict(normalizers)
         self.fingerprint = fingerprint
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,  # a run, or a checkpoint
-        *,
-        checkpoint: str | int = "latest",  # of a run: "latest", a step, or a name
-        device: str = "cpu",
-    ) -> "Policy":
-        """Loads a policy without network. Raises `FileNotFoundError` or `ValueError` naming what to restore."""
-        found = find_checkpoint(folder, checkpoint)
-        spec = spec_from_dict(
-            json.loads((found / "policy.json").read_text()), where=str(found / "policy.json")
-        )
-        normalizers = load_normalizers(found, spec)
-        if device == "cpu":
-            torch.set_num_threads(int(get_setting("launch.threads")))
-        framework = Framework.from_pretrained(found, inference=True).to(device)
-        return cls(framework, spec, normalizers, _fingerprint(found, spec))
-
     @torch.no_grad()
     def predict(
         self,
-        observation: Mapping[str, Any],  # image: list of PIL pictures; lang: str; state: [S], physical
+        observation: Mapping[str, Any],  # image: list of PIL images; lang: str; state: [S], physical
         *,
         seed: int,  # of the noise of a generative head
     ) -> np.ndarray:  # float64 [T, D], physical
@@ -145,12 +134,6 @@ class Policy:
         generator = torch.Generator(device).manual_seed(seed)
         predicted = self.framework.predict_action([sample], generator=generator)["normalized_actions"][0]
         return np.asarray(self.normalizers["action"].unnormalize(predicted), dtype=np.float64)
-
-    def attention(self, observation: Mapping[str, Any]) -> AttentionMap:
-        """Where the actions look, in the pictures and in the words; a generative head starts from a fixed noise."""
-        sample = sample_from(observation, self.spec, self.normalizers)
-        generator = torch.Generator(next(self.framework.parameters()).device).manual_seed(0)
-        return self.framework.attention_maps([sample], generator=generator)[0]
 
 # %% ../../nbs/serving/20_policy.ipynb #5c2744e8
 def _fingerprint(checkpoint: Path, spec: PolicySpec) -> str:
@@ -164,6 +147,32 @@ def _fingerprint(checkpoint: Path, spec: PolicySpec) -> str:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         lines.append(f"{path.relative_to(checkpoint).as_posix()} {digest}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+# %% ../../nbs/serving/20_policy.ipynb #6c4b7e97
+@patch(cls_method=True)
+def from_pretrained(
+    cls: Policy,
+    folder: str | Path,  # a run, or a checkpoint
+    *,
+    checkpoint: str | int = "latest",  # of a run: "latest", a step, or a name
+    device: str = "cpu",
+) -> Policy:
+    """Loads a policy without network. Raises `FileNotFoundError` or `ValueError` naming what to restore."""
+    found = find_checkpoint(folder, checkpoint)
+    spec = spec_from_dict(read_json(found / "policy.json"), where=str(found / "policy.json"))
+    normalizers = load_normalizers(found, spec)
+    if device == "cpu":
+        torch.set_num_threads(int(get_setting("launch.threads")))
+    framework = Framework.from_pretrained(found, inference=True).to(device)
+    return cls(framework, spec, normalizers, _fingerprint(found, spec))
+
+# %% ../../nbs/serving/20_policy.ipynb #39981532
+@patch
+def attention(self: Policy, observation: Mapping[str, Any]) -> AttentionMap:
+    """Where the actions look, in the images and in the words; a generative head starts from a fixed noise."""
+    sample = sample_from(observation, self.spec, self.normalizers)
+    generator = torch.Generator(next(self.framework.parameters()).device).manual_seed(0)
+    return self.framework.attention_maps([sample], generator=generator)[0]
 
 # %% ../../nbs/serving/20_policy.ipynb #336761e3
 def main(argv: Sequence[str] | None = None) -> None:

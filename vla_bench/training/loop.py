@@ -10,7 +10,6 @@ __all__ = ['row_at', 'BatchSampler', 'split_episodes', 'shift_image', 'augment',
 
 # %% ../../nbs/training/20_loop.ipynb #1be53563
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader
 from ..config import ConfigError
 from ..data.normalize import Normalizer
 from ..data.sample import Sample
+from ..files import write_whole
 
 # %% ../../nbs/training/20_loop.ipynb #db5ef6c7
 @lru_cache(maxsize=2)
@@ -87,13 +87,13 @@ def shift_image(
     down: int,  # pixels
     right: int,
 ) -> Image.Image:
-    """The picture moved within its frame; what enters repeats the border."""
+    """The image moved within its frame; what enters repeats the border."""
     pixels = np.asarray(image)
     rows = np.clip(np.arange(pixels.shape[0]) - down, 0, pixels.shape[0] - 1)
     columns = np.clip(np.arange(pixels.shape[1]) - right, 0, pixels.shape[1] - 1)
     return Image.fromarray(pixels[rows[:, None], columns])
 
-
+# %% ../../nbs/training/20_loop.ipynb #a98fca00
 def augment(
     sample: Sample,
     rng: np.random.Generator,
@@ -101,7 +101,7 @@ def augment(
     shift_pixels: int = 0,  # largest shift in each direction
     state_noise: float = 0.0,  # standard deviation, in units of the normalised state
 ) -> Sample:
-    """A sample with all its pictures shifted alike and noise on its state; the action stays as it is."""
+    """A sample with all its images shifted alike and noise on its state; the action stays as it is."""
     down, right = rng.integers(-shift_pixels, shift_pixels + 1, size=2)
     changed = {**sample, "image": [shift_image(image, down, right) for image in sample["image"]]}
     if "state" in sample:
@@ -199,15 +199,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     lines = Path(path).read_text().splitlines(keepends=True) if Path(path).is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
-
+# %% ../../nbs/training/20_loop.ipynb #47d7f7d0
 class MetricsLog:
     """Appends rows to `metrics.jsonl`, after dropping those beyond the step that the run continues from."""
 
     def __init__(self, path: str | Path, step: int = 0):
         kept = [row for row in read_metrics(path) if row["step"] <= step]
-        temporary = Path(f"{path}.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
+        with write_whole(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self.path = Path(path)
 
     def write(self, step: int, **values: float) -> None:

@@ -1,4 +1,4 @@
-"""Attention over the picture and over the words, on the rollout
+"""Attention over the image and over the words, on the rollout
 
 Docs: https://vla-bench.github.io/vla_bench/viz/attention.html.md"""
 
@@ -75,11 +75,11 @@ def word_strip(
 def attention_frames(
     recording: Recording,
     *,
-    height: int = 288,  # of the pictures, pixels
+    height: int = 288,  # of each camera's image, pixels
     every: int = 1,  # keep every n-th frame, and the last
 ) -> np.ndarray:  # uint8 [F, height + 34, W, 3]
-    """The pictures of an episode with attention over them and the shaded instruction below."""
-    _require(recording)
+    """The images of an episode with attention over them and the shaded instruction below."""
+    _require_attention(recording)
     tops = float(recording.attention.max()), float(recording.word_attention.max())
     frames = [_moment(recording, i, height, tops) for i in kept_frames(len(recording.frames), every)]
     last = Image.fromarray(frames[-1])
@@ -88,7 +88,7 @@ def attention_frames(
     return np.stack(frames[:-1] + [np.asarray(last)] * 11)
 
 
-def _require(recording: Recording) -> None:
+def _require_attention(recording: Recording) -> None:
     if not recording.words:
         raise ValueError(
             f"{recording.task} episode {recording.episode} was recorded without attention (evaluation.attention)"
@@ -105,20 +105,31 @@ def _moment(recording: Recording, i: int, height: int, tops: tuple[float, float]
 # %% ../../nbs/viz/10_attention.ipynb #b15083fd
 def attention_strip(
     recording: Recording,
-    moments: int = 5,  # pictures
+    moments: int = 5,  # frames
 ) -> Any:  # matplotlib figure
-    """A row of moments of an episode with attention over picture and words."""
+    """A row of moments of an episode with attention over image and words."""
     import matplotlib.pyplot as plt
 
-    _require(recording)
+    _require_attention(recording)
     tops = float(recording.attention.max()), float(recording.word_attention.max())
     shown = np.linspace(0, len(recording.frames) - 1, moments).round().astype(int)
-    size = {"figsize": (2.4 * moments, 2.9), "dpi": 72}  # these pictures live inside notebooks
+    size = {"figsize": (2.4 * moments + 0.6, 2.9), "dpi": 72}  # these figures are stored inside notebooks
     figure, axes = plt.subplots(1, moments, layout="constrained", squeeze=False, **size)
     for ax, i in zip(axes[0], shown):
         ax.imshow(_moment(recording, i, 288, tops))
-        ax.set_title(f"step {i}", fontsize=9)
-        ax.axis("off")
+        ax.set_title(f"frame {i}", fontsize=9)
+        ax.set(xticks=[], yticks=[])
+    _colour_bar(figure, axes, tops[0])
     outcome = "success" if recording.success else "failure"
     figure.suptitle(f"{recording.task}, seed {recording.seed}: {outcome}", fontsize=10)
     return figure
+
+
+def _colour_bar(figure: Any, axes: Any, top: float) -> None:
+    """The colours of `overlay` with what they mean."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    colours = ListedColormap(_colours(np.linspace(0, 1, 256)) / 255)
+    bar = figure.colorbar(ScalarMappable(Normalize(0, top), colours), ax=axes, shrink=0.8)
+    bar.set_label("share of an image token", fontsize=8)

@@ -24,7 +24,41 @@ def series(
     found = [(row["step"], row[key]) for row in rows if key in row]
     return np.array([s for s, _ in found]), np.array([v for _, v in found])
 
+# %% ../../nbs/viz/20_curves.ipynb #215f7955
+def _learning(ax: Any, rows: list[dict]) -> None:
+    ax.plot(*series(rows, "loss"), color="tab:blue", linewidth=1, label="training loss")
+    steps, error = series(rows, "eval/action_error")
+    if len(steps):
+        ax.plot(steps, error, "o-", color="tab:orange", label="held-out action error")
+    ax.set_yscale("log")
+    ax.set_title("learning", fontsize=10)
+    ax.legend(frameon=False, fontsize=8)
 
+
+def _rates(ax: Any, rows: list[dict]) -> None:
+    rates = [key for key in rows[0] if key.startswith("learning_rate/")]
+    for key, style in zip(rates, ("-", "--", ":", "-.") * len(rates)):
+        ax.plot(*series(rows, key), style, label=key.removeprefix("learning_rate/"))
+    ax.set_title("learning rate", fontsize=10)
+    ax.legend(frameon=False, fontsize=8)
+
+# %% ../../nbs/viz/20_curves.ipynb #1bd36450
+def _gradient(ax: Any, rows: list[dict]) -> None:
+    ax.plot(*series(rows, "grad_norm"), color="tab:gray", linewidth=1)
+    ax.set_title("gradient norm", fontsize=10)
+
+
+def _time(ax: Any, rows: list[dict]) -> None:
+    steps, total = series(rows, "step_s")
+    _, data = series(rows, "data_s")
+    parts, colors = [1000 * data, 1000 * (total - data)], ["tab:red", "0.75"]
+    ax.stackplot(steps, *parts, labels=["waiting for data", "computing"], colors=colors)
+    _, rate = series(rows, "samples_per_s")
+    ax.set_title(f"ms per step (median {np.median(rate):.0f} samples/s)", fontsize=10)
+    ax.set_ylim(0, 1600 * np.quantile(total, 0.95))  # one hiccup of the machine should not flatten the rest
+    ax.legend(frameon=False, fontsize=8, loc="upper right")
+
+# %% ../../nbs/viz/20_curves.ipynb #71a1d44b
 def plot_curves(
     run: str | Path,  # run folder, or a metrics.jsonl
 ) -> Any:  # matplotlib figure
@@ -36,42 +70,8 @@ def plot_curves(
     if not rows:
         raise FileNotFoundError(f"no metrics at {path}; a run writes them from its first logged step")
     figure, axes = plt.subplots(1, 4, figsize=(13, 2.8), layout="constrained")
-    _learning(axes[0], rows)
-    rates = [key for key in rows[0] if key.startswith("learning_rate/")]
-    for key, style in zip(rates, ("-", "--", ":", "-.") * len(rates)):
-        axes[1].plot(*series(rows, key), style, label=key.removeprefix("learning_rate/"))
-    axes[1].set_title("learning rate", fontsize=10)
-    axes[1].legend(frameon=False, fontsize=8)
-    axes[2].plot(*series(rows, "grad_norm"), color="tab:gray", linewidth=1)
-    axes[2].set_title("gradient norm", fontsize=10)
-    _time(axes[3], rows)
-    for ax in axes:
+    for ax, draw in zip(axes, (_learning, _rates, _gradient, _time)):
+        draw(ax, rows)
         ax.set_xlabel("step")
         ax.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _learning(ax: Any, rows: list[dict]) -> None:
-    ax.plot(*series(rows, "loss"), color="tab:blue", linewidth=1, label="training loss")
-    steps, error = series(rows, "eval/action_error")
-    if len(steps):
-        ax.plot(steps, error, "o-", color="tab:orange", label="held-out action error")
-    ax.set_yscale("log")
-    ax.set_title("learning", fontsize=10)
-    ax.legend(frameon=False, fontsize=8)
-
-
-def _time(ax: Any, rows: list[dict]) -> None:
-    steps, total = series(rows, "step_s")
-    _, data = series(rows, "data_s")
-    ax.stackplot(
-        steps,
-        1000 * data,
-        1000 * (total - data),
-        labels=["waiting for data", "computing"],
-        colors=["tab:red", "0.75"],
-    )
-    _, rate = series(rows, "samples_per_s")
-    ax.set_title(f"ms per step (median {np.median(rate):.0f} samples/s)", fontsize=10)
-    ax.set_ylim(0, 1600 * np.quantile(total, 0.95))  # one hiccup of the machine should not flatten the rest
-    ax.legend(frameon=False, fontsize=8, loc="upper right")

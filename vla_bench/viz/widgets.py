@@ -22,7 +22,7 @@ from .video import rollout_frames
 def explore(
     recording: Recording,
     *,
-    height: int = 288,  # of the pictures, pixels
+    height: int = 288,  # of each camera's image, pixels
 ) -> Any:  # an ipywidgets box
     """A widget to step through an episode, with its attention if that was recorded."""
     import ipywidgets as widgets
@@ -30,7 +30,7 @@ def explore(
     count = len(recording.frames)
     plain = rollout_frames(recording, height=height)[:count]
     seen = attention_frames(recording, height=height)[:count] if recording.words else None
-    picture, text = widgets.Image(format="png"), widgets.Label()
+    image, text = widgets.Image(format="png"), widgets.Label()
     slider = widgets.IntSlider(0, 0, count - 1, description="step")
     play = widgets.Play(max=count - 1, interval=60)
     switch = widgets.Checkbox(seen is not None, description="attention", disabled=seen is None)
@@ -40,11 +40,11 @@ def explore(
         frames = seen if switch.value and seen is not None else plain
         buffer = io.BytesIO()
         Image.fromarray(frames[slider.value]).save(buffer, "PNG")
-        picture.value = buffer.getvalue()
+        image.value = buffer.getvalue()
         if slider.value < len(recording.actions):
             text.value = f"action {np.round(recording.actions[slider.value], 2).tolist()}"
 
     slider.observe(draw, "value")
     switch.observe(draw, "value")
     draw()
-    return widgets.VBox([picture, widgets.HBox([play, slider, switch]), text])
+    return widgets.VBox([image, widgets.HBox([play, slider, switch]), text])

@@ -99,11 +99,15 @@ def image_token_mask(self: AnyVLM, inputs: dict[str, Tensor]) -> Tensor:
     """Bool [B, L], true where a token stands for a patch of an image."""
     holders = (self.config, self.processor)
     ids = [
-        getattr(holder, name, None) for holder in holders for name in ("image_token_id", "image_token_index")
+        getattr(holder, name, None)
+        for holder in holders
+        for name in ("image_token_id", "image_token_index")
     ]
     known = [i for i in ids if i is not None]
     if not known:
-        raise ValueError(f"neither configuration nor processor of {self.model_type} names an image_token_id")
+        raise ValueError(
+            f"neither configuration nor processor of {self.model_type} names an image_token_id"
+        )
     return inputs["input_ids"] == known[0]
 
 

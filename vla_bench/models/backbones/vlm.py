@@ -162,9 +162,7 @@ class VLM(nn.Module):
 
     def read_residual(self) -> None:
         """From now on features are the residual stream. Raises `ValueError` for a family that does not offer it."""
-        raise ValueError(
-            f"{type(self).__name__} gives {' or '.join(self.hidden_states_offered)} hidden states only"
-        )
+        raise ValueError(f"{type(self).__name__} gives {' or '.join(self.hidden_states_offered)} hidden states only")
 
     @classmethod
     def load_processor(cls, path: str | Path) -> Any:

@@ -89,9 +89,7 @@ def load_weights(
                 found = module.load_state_dict(tensors, strict=False)
             except RuntimeError as error:
                 lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-                raise ValueError(
-                    f"{file} is damaged or does not fit {source}: {shortlist(lines, 3)}"
-                ) from error
+                raise ValueError(f"{file} is damaged or does not fit {source}: {shortlist(lines, 3)}") from error
         missing &= set(found.missing_keys)
         unexpected |= set(found.unexpected_keys)
     filled = {place[name] for name in place.keys() - missing}

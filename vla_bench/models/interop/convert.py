@@ -6,14 +6,11 @@ Docs: https://vla-bench.github.io/vla_bench/models/interop/convert.html.md"""
 
 # %% auto #0
 __all__ = ['Source', 'find_source_files', 'read_statistics', 'PolicySettings', 'policy_settings', 'dimension_modes',
-           'policy_spec', 'convert', 'framework_section', 'load_framework', 'write_run', 'main']
+           'converted_spec', 'convert', 'framework_section', 'load_converted', 'write_run', 'main']
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #d39009a0
 import argparse
-import json
-import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,50 +21,59 @@ from omegaconf import OmegaConf
 from ...config import Config, ConfigError, cli_errors, load_config, suggest
 from ...data.layout import Layout, PolicySpec, spec_to_dict
 from ...data.normalize import Normalizer, Statistics, save_statistics, statistics_hash
+from ...files import read_json, write_json, write_whole_folder
 from ..backbones.processor import model_type
 from ..frameworks.build import build_framework
 from ..frameworks.framework import Framework
 from vla_bench.models.interop.checkpoint_formats import (
-    LAYOUTS,
-    STATE,
-    WeightLayout,
-    last,
-    list_layouts,
+    CHECKPOINT_FORMATS,
+    STATE_ENCODER,
+    CheckpointFormat,
+    last_block,
+    list_formats,
     resolve,
     unwrapped,
 )
-from .weights import LoadReport, fetch, load_mapped, read_json, read_weights
+from .weights import LoadReport, fetch, load_mapped, read_weights
 from ...registry import FRAMEWORKS, check_arguments
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #9f2f308b
 @dataclass(frozen=True)
 class Source:
-    """What was found of somebody else's checkpoint."""
+    """The files of another codebase's checkpoint."""
 
     weights: Path
     config: dict[str, Any]  # of StarVLA, or empty
     statistics: Path | None  # dataset_statistics.json, a file with norm_stats, or LeRobot's normaliser
 
 
-def find_source_files(source: str | Path, layout: WeightLayout) -> Source:
-    """Weights, configuration and statistics. Raises `FileNotFoundError` naming what a run folder has."""
-    patterns = ("*.safetensors", "*.json", "*.yaml", *(["*.pt"] if layout.settings else []))
-    path = fetch(source, patterns)
-    if layout.settings is None:
-        folder = path if path.is_dir() else path.parent
-        names = ("dataset_statistics.json", "norm_stats.json", "config.json")
-        with_statistics = [folder / name for name in names]
-        with_statistics += sorted(folder.glob("policy_preprocessor*_normalizer_processor.safetensors"))
-        return Source(path, {}, next(filter(_holds_statistics, with_statistics), None))
+def find_source_files(source: str | Path, checkpoint_format: CheckpointFormat) -> Source:
+    """Weights, configuration and statistics. Raises `FileNotFoundError` that lists what a run folder has."""
+    if checkpoint_format.settings is None:
+        path = fetch(source)
+        return Source(path, {}, _statistics_beside(path))
+    path = fetch(source, ("*.safetensors", "*.json", "*.yaml", "*.pt"))
     run = next((p for p in (path, *path.parents[:3]) if (p / "config.yaml").is_file()), None)
     if run is None:
         raise FileNotFoundError(f"{path} is in no run of StarVLA: no config.yaml there or above")
     config, statistics = _read_config(run / "config.yaml"), run / "dataset_statistics.json"
-    return Source(
-        path if path.is_file() else _newest(run), config, statistics if statistics.is_file() else None
-    )
+    weights = path if path.is_file() else _newest(run)
+    return Source(weights, config, statistics if statistics.is_file() else None)
+
+# %% ../../../nbs/models/interop/20_convert.ipynb #0f9536cb
+def _statistics_beside(path: Path) -> Path | None:
+    folder = path if path.is_dir() else path.parent
+    files = [folder / name for name in ("dataset_statistics.json", "norm_stats.json", "config.json")]
+    files += sorted(folder.glob("policy_preprocessor*_normalizer_processor.safetensors"))
+    return next(filter(_holds_statistics, files), None)
 
 
+def _holds_statistics(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    return path.name != "config.json" or "norm_stats" in read_json(path)
+
+# %% ../../../nbs/models/interop/20_convert.ipynb #f067a14c
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
@@ -79,60 +85,26 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _newest(run: Path) -> Path:
-    saved = {
-        p: re.match(r"steps_(\d+)_", p.name)
-        for p in run.glob("checkpoints/steps_*")
-        if p.suffix in (".pt", ".safetensors")
-    }
-    steps = {p: int(match[1]) for p, match in saved.items() if match}
-    final = [
-        p for name in ("model.safetensors", "pytorch_model.pt") if (p := run / "final_model" / name).is_file()
-    ]
-    if not steps and not final:
-        raise FileNotFoundError(f"{run} has no checkpoints/steps_N_* and no final_model/")
-    return max(steps, key=steps.get) if steps else final[0]
+    """The weights of a StarVLA run with the highest number of steps, or those of `final_model`."""
+    saved = [p for p in run.glob("checkpoints/steps_*") if p.suffix in (".pt", ".safetensors")]
+    steps = {p: int(match[1]) for p in saved if (match := re.match(r"steps_(\d+)_", p.name))}
+    final = [run / "final_model" / name for name in ("model.safetensors", "pytorch_model.pt")]
+    if steps:
+        return max(steps, key=steps.get)
+    if there := [p for p in final if p.is_file()]:
+        return there[0]
+    raise FileNotFoundError(f"{run} has no checkpoints/steps_N_* and no final_model/")
 
-
-def _holds_statistics(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    return path.name != "config.json" or "norm_stats" in read_json(path)
-
-# %% ../../../nbs/models/interop/20_convert.ipynb #dc29dfb5
-def read_statistics(
-    path: str | Path,
-    dataset: str | None,  # which one; None when the file holds one
-) -> tuple[str, dict[str, Any], dict[str, list[bool]]]:  # name, entry, which dimensions are normalised
-    """Statistics of ours, StarVLA, OpenVLA, openpi or LeRobot. Raises `FileNotFoundError` or `ValueError` naming the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no statistics at {path}; name them in policy.statistics")
+# %% ../../../nbs/models/interop/20_convert.ipynb #455bfe10
+def _read_datasets(path: Path, dataset: str | None) -> Mapping[str, Any]:
+    """Dataset to entry, whichever of the four formats the file has."""
     if path.suffix == ".safetensors":
-        content = {dataset or "lerobot": _lerobot(path)}
-    else:
-        content = read_json(path)
-        content = _object(content.get("norm_stats", content), f"{path}: norm_stats")
+        return {dataset or "lerobot": _lerobot(path)}
+    content = read_json(path)
+    content = _object(content.get("norm_stats", content), f"{path}: norm_stats")
     if "actions" in content:
-        content = {dataset or "openpi": {"action": content["actions"], "state": content.get("state")}}
-    name = dataset or (next(iter(content)) if len(content) == 1 else None)
-    if name not in content:
-        raise ValueError(
-            f"{path} holds {len(content)} datasets; set policy.dataset{suggest(name or '', content)}"
-        )
-    where = f"{path}: {name}"
-    entry = _object(content[name], where)
-    counts = {key: _count(entry, key, where) for key in ("num_transitions", "num_trajectories")}
-    fields = {"action": entry.get("action"), "state": entry.get("state", entry.get("proprio"))}
-    given = {key: _object(value, f"{where}.{key}") for key, value in fields.items() if value is not None}
-    found = {
-        key: _statistics(value, counts["num_transitions"], f"{where}.{key}") for key, value in given.items()
-    }
-    masks = {
-        key: _mask(value["mask"], len(found[key].mean), f"{where}.{key}")
-        for key, value in given.items()
-        if value.get("mask") is not None
-    }
-    return name, {"action": None, "state": None, **found, **counts}, masks
+        return {dataset or "openpi": {"action": content["actions"], "state": content.get("state")}}
+    return content
 
 
 def _lerobot(path: Path) -> dict[str, dict[str, list[float]]]:
@@ -143,7 +115,7 @@ def _lerobot(path: Path) -> dict[str, dict[str, list[float]]]:
             found.setdefault(feature.removeprefix("observation."), {})[statistic] = tensor.tolist()
     return found
 
-
+# %% ../../../nbs/models/interop/20_convert.ipynb #5ac4241b
 def _object(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} is {str(value)[:80]}, expected an object")
@@ -170,6 +142,33 @@ def _mask(mask: Any, dim: int, where: str) -> list[bool]:
             f"{where}: mask is {str(mask)[:80]}, expected true or false for each of {dim} dimensions"
         )
     return [bool(value) for value in mask]
+
+# %% ../../../nbs/models/interop/20_convert.ipynb #dc29dfb5
+def read_statistics(
+    path: str | Path,
+    dataset: str | None,  # which one; None when the file holds one
+) -> tuple[str, dict[str, Any], dict[str, list[bool]]]:  # name, entry, which dimensions are normalised
+    """Statistics of ours, StarVLA, OpenVLA, openpi or LeRobot. Raises `FileNotFoundError` or `ValueError` naming the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no statistics at {path}; name them in policy.statistics")
+    content = _read_datasets(path, dataset)
+    name = dataset or (next(iter(content)) if len(content) == 1 else None)
+    if name not in content:
+        raise ValueError(
+            f"{path} holds {len(content)} datasets; set policy.dataset{suggest(name or '', content)}"
+        )
+    where = f"{path}: {name}"
+    entry = _object(content[name], where)
+    counts = {key: _count(entry, key, where) for key in ("num_transitions", "num_trajectories")}
+    found, masks = {}, {}
+    for key, value in (("action", entry.get("action")), ("state", entry.get("state", entry.get("proprio")))):
+        if value is not None:
+            given = _object(value, f"{where}.{key}")
+            found[key] = _statistics(given, counts["num_transitions"], f"{where}.{key}")
+            if given.get("mask") is not None:
+                masks[key] = _mask(given["mask"], len(found[key].mean), f"{where}.{key}")
+    return name, {"action": None, "state": None, **found, **counts}, masks
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #36850e39
 @dataclass
@@ -202,7 +201,7 @@ def policy_settings(cfg: Config) -> PolicySettings:
         )
     return settings
 
-
+# %% ../../../nbs/models/interop/20_convert.ipynb #4cbeaadf
 def dimension_modes(
     mode: str | Sequence[str],  # one, or one per dimension
     mask: Sequence[bool] | None,  # false where a dimension is not normalised
@@ -213,7 +212,29 @@ def dimension_modes(
     return [mode if normal else "identity" for normal in mask]
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #0920c784
-def policy_spec(
+def _modes(
+    settings: PolicySettings,
+    layouts: Mapping[str, Layout],  # of "action", and "state" if there is one
+    entry: Mapping[str, Any],  # of one dataset, as `read_statistics` returns it
+    masks: Mapping[str, list[bool]],
+    where: str,  # file and dataset, for the message
+) -> dict[str, str | list[str]]:
+    """Normalisation per field. Raises `ValueError` when statistics and layouts disagree."""
+    modes = {}
+    for key, layout in layouts.items():
+        if entry[key] is None:
+            raise ValueError(f"{where} has no statistics of {key}; leave policy.{key} out, or name others")
+        if (size := len(entry[key].mean)) != layout.dim:
+            raise ValueError(f"{where}.{key} has {size} dimensions, policy.{key} names {layout.dim}")
+        modes[key] = dimension_modes(settings.normalization[key], masks.get(key))
+        try:
+            Normalizer(entry[key], modes[key])
+        except ValueError as error:
+            raise ValueError(f"{where}.{key}: {error}") from error
+    return modes
+
+# %% ../../../nbs/models/interop/20_convert.ipynb #56b16ccf
+def converted_spec(
     settings: PolicySettings,
     horizon: int,
     found: Path | None,  # statistics that the checkpoint brings
@@ -223,30 +244,13 @@ def policy_spec(
     if path is None:
         raise FileNotFoundError("this checkpoint brings no statistics: name a file in policy.statistics")
     name, entry, masks = read_statistics(path, settings.dataset)
-    layouts = {
-        "action": Layout(**settings.action),
-        "state": Layout(**settings.state) if settings.state else None,
-    }
-    modes = {}
-    for key, layout in layouts.items():
-        if layout is None:
-            continue
-        if entry[key] is None:
-            raise ValueError(
-                f"{path}: {name} has no statistics of {key}; leave policy.{key} out, or name others"
-            )
-        if len(entry[key].mean) != layout.dim:
-            raise ValueError(
-                f"{path}: {name}.{key} has {len(entry[key].mean)} dimensions, policy.{key} names {layout.dim}"
-            )
-        modes[key] = dimension_modes(settings.normalization[key], masks.get(key))
-        try:
-            Normalizer(entry[key], modes[key])
-        except ValueError as error:
-            raise ValueError(f"{path}: {name}.{key}: {error}") from error
-    content = {name: entry if layouts["state"] else {**entry, "state": None}}
+    layouts = {"action": Layout(**settings.action)}
+    layouts |= {"state": Layout(**settings.state)} if settings.state else {}
+    modes = _modes(settings, layouts, entry, masks, f"{path}: {name}")
+    content = {name: entry if "state" in layouts else {**entry, "state": None}}
     spec = PolicySpec(
-        **layouts,
+        action=layouts["action"],
+        state=layouts.get("state"),
         cameras=tuple(settings.cameras),
         image_size=tuple(settings.image_size),
         horizon=horizon,
@@ -260,63 +264,71 @@ def policy_spec(
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #53351b0f
 def convert(
-    layout: str,  # a name in `LAYOUTS`
+    format_name: str,  # a name in `CHECKPOINT_FORMATS`
     source: str | Path,  # file, folder or hub name
     config: Config | Mapping[str, Any] | str | Path,  # sections framework and policy
     out: str | Path,  # the run folder to write; must not exist
 ) -> LoadReport:
-    """Writes a run folder from somebody else's checkpoint.
+    """Writes a run folder from a checkpoint of another codebase.
 
     Raises `ValueError` when a weight is missing, left over or of another shape, its text the report, and
-    `ConfigError` when the configuration lacks what the checkpoint does not say. Nothing is written then.
+    `ConfigError` when the configuration lacks what the checkpoint does not contain. Nothing is written then.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}{suggest(layout, LAYOUTS)}")
-    chosen, cfg = LAYOUTS[layout], config if isinstance(config, Config) else load_config(config)
+    if format_name not in CHECKPOINT_FORMATS:
+        raise ValueError(
+            f"unknown checkpoint format {format_name!r}{suggest(format_name, CHECKPOINT_FORMATS)}"
+        )
+    chosen, cfg = (
+        CHECKPOINT_FORMATS[format_name],
+        config if isinstance(config, Config) else load_config(config),
+    )
     if Path(out).exists():
         raise FileExistsError(f"{out} exists; a run is never written over another")
     settings = policy_settings(cfg)
     files = find_source_files(source, chosen)
     section = framework_section(chosen, files.config, cfg)
     cfg.require_read()
-    unread = chosen.unread(files.config) if chosen.unread else {}
-    if settings.state and STATE in unread:
-        raise ConfigError(f"policy.state: {unread[STATE]}; leave it out")
-    framework, report = load_framework(chosen, files, section, settings, unread)
-    spec, statistics = policy_spec(settings, framework.horizon, files.statistics)
-    record = {"layout": layout, "source": str(source), "report": str(report), "ignored": list(report.ignored)}
+    unused = chosen.unused(files.config) if chosen.unused else {}
+    if settings.state and STATE_ENCODER in unused:
+        raise ConfigError(f"policy.state: {unused[STATE_ENCODER]}; leave it out")
+    framework, report = load_converted(chosen, files, section, settings, unused)
+    spec, statistics = converted_spec(settings, framework.horizon, files.statistics)
+    record = {"format": format_name, "source": str(source)}
+    record |= {"report": str(report), "ignored": list(report.ignored)}
     write_run(out, framework, spec, statistics, {"framework": section, "policy": asdict(settings)}, record)
     return report
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #b81f9f14
 def framework_section(
-    layout: WeightLayout,
+    checkpoint_format: CheckpointFormat,
     theirs: Mapping[str, Any],  # StarVLA's configuration, or empty
     cfg: Config,
 ) -> dict[str, Any]:
     """What their configuration says, overridden by ours. Raises `ConfigError` for what is missing or cannot be ours."""
     ours = cfg.section("framework").to_dict()
-    name = FRAMEWORKS.canonical(ours.get("name", layout.framework))
-    if name != layout.framework:
-        raise ConfigError(f"this layout is of {layout.framework}, framework.name is {name!r}: leave it out")
+    expected, settings = checkpoint_format.framework, checkpoint_format.settings
+    name = FRAMEWORKS.canonical(ours.get("name", expected))
+    if name != expected:
+        raise ConfigError(f"this format is of {expected}, framework.name is {name!r}: leave it out")
     try:
-        base = layout.settings(theirs) if layout.settings else {}
+        base = settings(theirs) if settings else {}
     except ValueError as error:
         raise ConfigError(f"StarVLA's config.yaml: {error}") from error
-    parts = map(OmegaConf.create, (dict(layout.section), base, ours))
+    parts = map(OmegaConf.create, (dict(checkpoint_format.section), base, ours))
     merged = OmegaConf.to_container(OmegaConf.merge(*parts))
     vlm = merged.get("vlm") or {}
-    if layout.residual and "base_vlm" in vlm and model_type(vlm["base_vlm"]) in layout.residual:
+    residual = checkpoint_format.residual
+    if residual and "base_vlm" in vlm and model_type(vlm["base_vlm"]) in residual:
         vlm.setdefault("hidden_states", "residual")
     return {**merged, "name": name}
 
-
-def load_framework(
-    layout: WeightLayout,
+# %% ../../../nbs/models/interop/20_convert.ipynb #d2816edd
+def load_converted(
+    checkpoint_format: CheckpointFormat,
     files: Source,
     section: Mapping[str, Any],  # `framework`
     settings: PolicySettings,
-    unread: Iterable[str],  # prefixes of theirs to leave out, besides the layout's
+    unused: Iterable[str],  # prefixes of theirs to leave out, besides those of the format
 ) -> tuple[Framework, LoadReport]:
     """Builds the framework at the size of the configuration and fills it."""
     dims = {
@@ -324,9 +336,9 @@ def load_framework(
         "state_dim": len(settings.state["names"]) if settings.state else 0,
     }
     framework = build_framework(section, **dims, load_weights=False)
-    tensors = unwrapped(read_weights(files.weights), layout)
-    mapping = resolve(layout.names, framework.state_dict(), tensors)
-    ignore = [last(prefix, tensors) for prefix in (*layout.ignore, *unread)]
+    tensors = unwrapped(read_weights(files.weights), checkpoint_format)
+    mapping = resolve(checkpoint_format.names, framework.state_dict(), tensors)
+    ignore = [last_block(prefix, tensors) for prefix in (*checkpoint_format.ignore, *unused)]
     return framework.eval(), load_mapped(framework, tensors, mapping, ignore=ignore)
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #c6643076
@@ -336,48 +348,37 @@ def write_run(
     spec: PolicySpec,
     statistics: Mapping[str, Mapping],
     config: Mapping[str, Any],  # sections framework and policy
-    record: Mapping[str, Any],  # where it came from; `conversion.json`
+    record: Mapping[str, Any],  # where it comes from; `conversion.json`
 ) -> None:
     """A run folder with one checkpoint at step 0, whole or not at all."""
-    out = Path(out)
-    hidden = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(hidden, ignore_errors=True)
-    try:
-        checkpoint = hidden / "checkpoints/step_000000"
+    place = {"run_root_dir": str(Path(out).parent), "run_id": Path(out).name}
+    with write_whole_folder(out) as folder:
+        checkpoint = folder / "checkpoints/step_000000"
         framework.save_pretrained(checkpoint)
-        (checkpoint / "policy.json").write_text(
-            json.dumps(spec_to_dict(spec), indent=2) + "\n", encoding="utf-8"
-        )
-        save_statistics(hidden / "dataset_statistics.json", statistics)
-        place = {"run_root_dir": str(out.parent), "run_id": out.name}
-        OmegaConf.save(OmegaConf.create({**place, **config}), hidden / "config.yaml")
-        (hidden / "conversion.json").write_text(
-            json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        os.replace(hidden, out)
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        raise
+        write_json(checkpoint / "policy.json", spec_to_dict(spec))
+        save_statistics(folder / "dataset_statistics.json", statistics)
+        OmegaConf.save(OmegaConf.create({**place, **config}), folder / "config.yaml")
+        write_json(folder / "conversion.json", record)
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #50b8eebc
 def main(argv: Sequence[str] | None = None) -> None:
-    """Converts a public checkpoint, prints the report; words behind the options override the configuration."""
+    """Converts a public checkpoint and prints the report; further arguments override the configuration."""
     parser = argparse.ArgumentParser(description="Turn a public checkpoint into a run folder.")
     parser.add_argument("source", nargs="?", help="weights file, folder, or name on the hub")
-    parser.add_argument("--layout", help="whose checkpoint it is, see --list")
+    parser.add_argument("--format", "--layout", dest="format", help="whose checkpoint it is, see --list")
     parser.add_argument("--config", help="YAML with the sections framework and policy")
     parser.add_argument("--out", help="run folder to write")
-    parser.add_argument("--list", action="store_true", help="print the layouts")
+    parser.add_argument("--list", action="store_true", help="print the checkpoint formats")
     options, overrides = parser.parse_known_args(argv)
     with cli_errors():
         if options.list:
-            print(list_layouts())
+            print(list_formats())
             return
-        if missing := [f"--{n}" for n in ("layout", "config", "out") if getattr(options, n) is None]:
-            raise ConfigError(f"convert needs {', '.join(missing)}; --list prints the layouts")
+        if missing := [f"--{n}" for n in ("format", "config", "out") if getattr(options, n) is None]:
+            raise ConfigError(f"convert needs {', '.join(missing)}; --list prints the checkpoint formats")
         if options.source is None:
             raise ConfigError("convert needs a SOURCE: a weights file, a folder, or a name on the hub")
-        print(convert(options.layout, options.source, load_config(options.config, overrides), options.out))
+        print(convert(options.format, options.source, load_config(options.config, overrides), options.out))
         print(f"wrote {options.out}")
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #f625e636

@@ -1,0 +1,511 @@
+"""What a converted checkpoint computes, against implementations written from the public equations."""
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from vla_bench.data.normalize import load_statistics
+from vla_bench.models.backbones.tiny_composed import write_tiny_component
+from vla_bench.models.frameworks.framework import Framework
+from vla_bench.models.interop.convert import convert
+from vla_bench.models.interop.weights import LoadReport
+from vla_bench.serving.policy import Policy
+
+D, S, T = 3, 4, 5  # numbers in an action and in a state, actions in a chunk; as in published.py
+DINO, SIGLIP = "vision_backbone.featurizer", "vision_backbone.fused_featurizer"
+PALIGEMMA = "paligemma_with_expert.paligemma"
+EXPERT = "paligemma_with_expert.gemma_expert"
+
+
+@dataclass
+class Converted:
+    """A checkpoint of random weights under public names, and the run that it became."""
+
+    published: ModuleType
+    run: Path
+    report: LoadReport
+    weights: dict[str, Tensor]  # of the head, or of everything, by public names
+    model: Any = None  # the backbone, by an implementation that is not ours
+    state: bool = True  # whether the policy reads one
+
+    @cached_property
+    def framework(self) -> Framework:
+        return Framework.from_pretrained(self.run / "checkpoints/step_000000")
+
+    @cached_property
+    def batch(self) -> dict:
+        return self.framework.prepare([self.published.example(state=self.state)])
+
+    def actions(self, noise: Tensor | None = None) -> Tensor:
+        with torch.no_grad():
+            return self.framework.actions(self.batch, None, noise)
+
+    def states(self) -> tuple[Tensor, ...]:
+        """The hidden states of the backbone by transformers itself, layer by layer."""
+        return self.published.transformers_states(self.model, self.batch["inputs"])
+
+
+# ---------------------------------------------------------------- StarVLA
+
+
+def starvla_gr00t(published, vlms, home, kind: str, state: bool, suffix: str) -> Converted:
+    model, weights = published.hf_weights(vlms[kind])
+    sizes = published.SIZES
+    head = published.drawn(published.flow_shapes(32, sizes.inner, sizes.inner, all_cross=False))
+    dit = {"num_layers": 2, "output_dim": sizes.inner, "num_attention_heads": sizes.heads}
+    dit |= {"attention_head_dim": sizes.width // sizes.heads}
+    action_model = flow_section(sizes) | {"hidden_size": sizes.inner, "diffusion_model_cfg": dit}
+    run = published.starvla_run(
+        home / "theirs", weights, head, action_model, include_state=state, suffix=suffix
+    )
+    config = {"framework": {"vlm": {"base_vlm": str(vlms[kind])}}, "policy": published.policy_section(state)}
+    report = convert("starvla_gr00t", run, config, home / "run")
+    return Converted(published, home / "run", report, head, model, state)
+
+
+def starvla_pi(published, vlms, home, alternating: bool) -> Converted:
+    sizes = starvla_pi_sizes(published, alternating)
+    model, weights = published.hf_weights(vlms["qwen2_5_vl"])
+    head = published.drawn(published.flow_shapes(32, 1024, 32, all_cross=True, sizes=sizes))
+    action_model = flow_section(sizes)
+    if alternating:
+        dit = {"num_attention_heads": 2, "attention_head_dim": 16}
+        action_model |= {"layerwise_attention_layout": "alternating", "diffusion_model_cfg": dit}
+    run = published.starvla_run(home / "theirs", weights, head, action_model, include_state=True)
+    framework = {"vlm": {"base_vlm": str(vlms["qwen2_5_vl"])}}
+    config = {"framework": framework, "policy": published.policy_section(alternating)}
+    report = convert("starvla_pi", run, config, home / "run")
+    return Converted(published, home / "run", report, head, model, alternating)
+
+
+def starvla_pi_sizes(published, alternating: bool):
+    """As wide as the language model; one attention head per 64 numbers, unless the run has another number."""
+    return published.FlowSizes(width=32, heads=2 if alternating else 1)
+
+
+def flow_section(sizes) -> dict:
+    """What both flow heads have in StarVLA's configuration."""
+    section = {"num_target_vision_tokens": sizes.future, "max_seq_len": sizes.rows}
+    return section | {"num_inference_timesteps": 4, "action_horizon": T}
+
+
+def starvla_oft(published, vlms, home, state: bool) -> Converted:
+    model, weights = published.hf_weights(vlms["qwen2_5_vl"])
+    w = published.residual_head_weights()
+    action_model, prompt = {"future_action_window_size": T - 1}, "Your task is {instruction}. Think."
+    run = published.starvla_run(home / "theirs", weights, w, action_model, include_state=state, prompt=prompt)
+    framework = {"vlm": {"base_vlm": str(vlms["qwen2_5_vl"])}}
+    config = {"framework": framework, "policy": published.policy_section(state)}
+    report = convert("starvla_oft", run, config, home / "run")
+    return Converted(published, home / "run", report, w, model, state)
+
+
+def starvla_fast(published, vlms, home) -> Converted:
+    """Without a head, in bfloat16, and with the names of transformers before 4.52."""
+    model, weights = published.hf_weights(vlms["qwen2_5_vl"], torch.bfloat16)
+    old = lambda name: name.replace("model.visual", "visual").replace("model.language_model", "model")
+    weights = {old(name): tensor for name, tensor in weights.items()}
+    run = published.starvla_run(home / "theirs", weights, {}, {"action_horizon": 2}, include_state=False)
+    head = {"tokenizer": None, "first_token_id": 4, "max_tokens": 4}
+    framework = {"vlm": {"base_vlm": str(vlms["qwen2_5_vl"])}, "action_model": head}
+    config = {"framework": framework, "policy": published.policy_section(False)}
+    report = convert("starvla_fast", run, config, home / "run")
+    return Converted(published, home / "run", report, {}, model, False)
+
+
+# ---------------------------------------------------------------- openpi and LeRobot
+
+
+def openpi_shapes(published, vlm: Path, pi05: bool) -> dict[str, tuple]:
+    """Public names and shapes, as in openpi's PyTorch models, for the sizes of the tiny PaliGemma."""
+    config = json.loads((vlm / "config.json").read_text())
+    text, linear = config["text_config"], published.linear
+    width, expert = text["hidden_size"], 16
+    shapes = siglip_shapes(published, config["vision_config"])
+    shapes |= linear(
+        f"{PALIGEMMA}.model.multi_modal_projector.linear", width, config["vision_config"]["hidden_size"]
+    )
+    shapes |= {f"{PALIGEMMA}.model.language_model.embed_tokens.weight": (text["vocab_size"], width)}
+    shapes |= gemma_shapes(f"{PALIGEMMA}.model.language_model", text, width, text["intermediate_size"], False)
+    shapes |= gemma_shapes(f"{EXPERT}.model", text, expert, 24, adaptive=pi05)
+    shapes[f"{EXPERT}.lm_head.weight"] = (text["vocab_size"], expert)
+    shapes |= linear("action_in_proj", expert, 8) | linear("action_out_proj", 8, expert)
+    if pi05:
+        return shapes | linear("time_mlp_in", expert, expert) | linear("time_mlp_out", expert, expert)
+    shapes |= linear("state_proj", expert, 8) | linear("action_time_mlp_in", expert, 2 * expert)
+    return shapes | linear("action_time_mlp_out", expert, expert)
+
+
+def siglip_shapes(published, vision: dict) -> dict[str, tuple]:
+    encoder, width, inner = (
+        f"{PALIGEMMA}.model.vision_tower.vision_model",
+        vision["hidden_size"],
+        vision["intermediate_size"],
+    )
+    shapes = {f"{encoder}.embeddings.patch_embedding.weight": (width, 3, 16, 16)}
+    shapes |= {f"{encoder}.embeddings.patch_embedding.bias": (width,)}
+    shapes[f"{encoder}.embeddings.position_embedding.weight"] = ((vision["image_size"] // 16) ** 2, width)
+    for i in range(vision["num_hidden_layers"]):
+        layer = f"{encoder}.encoder.layers.{i}"
+        for n in ("k", "v", "q", "out"):
+            shapes |= published.linear(f"{layer}.self_attn.{n}_proj", width, width)
+        shapes |= published.affine(f"{layer}.layer_norm1", width) | published.affine(
+            f"{layer}.layer_norm2", width
+        )
+        shapes |= published.linear(f"{layer}.mlp.fc1", inner, width) | published.linear(
+            f"{layer}.mlp.fc2", width, inner
+        )
+    return shapes | published.affine(f"{encoder}.post_layernorm", width)
+
+
+def gemma_shapes(prefix: str, text: dict, width: int, inner: int, adaptive: bool) -> dict[str, tuple]:
+    head, heads = text["head_dim"], text["num_attention_heads"]
+    shapes = {}
+    for i in range(text["num_hidden_layers"]):
+        layer = f"{prefix}.layers.{i}"
+        shapes[f"{layer}.self_attn.q_proj.weight"] = (heads * head, width)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (width, heads * head)
+        shapes |= {f"{layer}.self_attn.{n}_proj.weight": (head, width) for n in "kv"}
+        shapes |= {f"{layer}.mlp.{n}_proj.weight": (inner, width) for n in ("gate", "up")}
+        shapes[f"{layer}.mlp.down_proj.weight"] = (width, inner)
+        for n in ("input_layernorm", "post_attention_layernorm"):
+            shapes |= rms_norm_shapes(f"{layer}.{n}", width, adaptive)
+    return shapes | rms_norm_shapes(f"{prefix}.norm", width, adaptive)
+
+
+def rms_norm_shapes(name: str, width: int, adaptive: bool) -> dict[str, tuple]:
+    if adaptive:
+        return {f"{name}.dense.weight": (3 * width, width), f"{name}.dense.bias": (3 * width,)}
+    return {f"{name}.weight": (width,)}
+
+
+def openpi(published, vlms, home, format_name: str, wrapper: str) -> Converted:
+    """Both tied names and a norm_stats.json; with a wrapper one of them, bfloat16 and LeRobot's normaliser."""
+    weights = published.drawn(openpi_shapes(published, vlms["paligemma"], format_name == "openpi_pi05"))
+    embedding = f"{PALIGEMMA}.model.language_model.embed_tokens.weight"
+    weights[f"{PALIGEMMA}.lm_head.weight"] = weights[embedding].clone()
+    source = home / "theirs"
+    source.mkdir()
+    if wrapper:
+        del weights[embedding]
+        weights = {f"{wrapper}{name}": t.bfloat16() for name, t in weights.items()}
+        weights["normalize_inputs.buffer_observation_state.mean"] = torch.zeros(8)
+        features = (("action", D), ("observation.state", S))
+        flat = {
+            f"{key}.{n}": torch.tensor(v) for key, size in features for n, v in published.column(size).items()
+        }
+        save_file(flat, source / "policy_preprocessor_step_5_normalizer_processor.safetensors")
+        save_file(flat, source / "policy_postprocessor_step_0_unnormalizer_processor.safetensors")
+    else:
+        statistics = {"norm_stats": {"actions": published.column(D), "state": published.column(S)}}
+        (source / "norm_stats.json").write_text(json.dumps(statistics))
+    save_file(weights, source / "model.safetensors")
+    head = {"hidden_size": 16, "intermediate_size": 24, "num_heads": 4, "num_inference_timesteps": 2}
+    head |= {"adaptive_norm": True} if format_name == "openpi_pi05" else {}
+    framework = {"vlm": {"base_vlm": str(vlms["paligemma"])}, "action_horizon": T, "action_model": head}
+    framework |= {"max_action_dim": 8, "max_state_dim": 8}
+    config = {"framework": framework, "policy": published.policy_section(dataset="droid")}
+    report = convert(format_name, source, config, home / "run")
+    return Converted(published, home / "run", report, weights)
+
+
+# ---------------------------------------------------------------- GR00T N1.5 and OpenVLA
+
+
+def gr00t_n15(published, vlms, home) -> Converted:
+    eagle, head = published.gr00t_checkpoint(home)
+    sizes = published.SIZES
+    action_model = {"hidden_size": sizes.width, "num_layers": 2, "num_heads": sizes.heads}
+    action_model |= {"mlp_size": sizes.inner, "output_size": sizes.inner, "num_vl_layers": 2}
+    action_model |= {"num_vl_heads": 2, "num_future_tokens": sizes.future, "max_positions": sizes.rows}
+    framework = {"vlm": {"base_vlm": f"{home}/eagle"}, "action_horizon": T, "action_model": action_model}
+    framework |= {"max_action_dim": D, "max_state_dim": S}
+    statistics = {"new": {"action": published.column(D), "state": published.column(S)}}
+    (home / "statistics.json").write_text(json.dumps(statistics))
+    policy = published.policy_section(statistics=str(home / "statistics.json"))
+    config = {"framework": framework, "policy": policy}
+    report = convert("gr00t_n15", home / "model.safetensors", config, home / "run")
+    return Converted(published, home / "run", report, head, eagle)
+
+
+def timm_shapes(
+    published, prefix: str, width: int, inner: int, depth: int, patches: int, registers: int
+) -> dict:
+    """A vision transformer as timm names it; DINOv2 when it has registers, SigLIP otherwise."""
+    shapes = {"patch_embed.proj.weight": (width, 3, 16, 16), "patch_embed.proj.bias": (width,)}
+    shapes |= {"pos_embed": (1, patches, width)} | published.affine("norm", width)
+    if registers:
+        shapes |= {"cls_token": (1, 1, width), "reg_token": (1, registers, width)}
+    else:
+        shapes |= {"attn_pool.latent": (1, 1, width), "attn_pool.kv.weight": (2 * width, width)}
+    for i in range(depth):
+        b = f"blocks.{i}"
+        shapes |= published.affine(f"{b}.norm1", width) | published.affine(f"{b}.norm2", width)
+        shapes |= published.linear(f"{b}.attn.qkv", 3 * width, width)
+        shapes |= published.linear(f"{b}.attn.proj", width, width)
+        shapes |= published.linear(f"{b}.mlp.fc1", inner, width) | published.linear(
+            f"{b}.mlp.fc2", width, inner
+        )
+        if registers:
+            shapes |= {f"{b}.ls{k}.scale_factor": (width,) for k in (1, 2)}
+    return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
+
+
+def timm_patches(published, w, prefix, pixels, heads, depth, approximate) -> Tensor:
+    """Block by block up to the last but one, patches only."""
+    dense, norm = published.dense, published.norm
+    w = {name.removeprefix(f"{prefix}."): t for name, t in w.items() if name.startswith(f"{prefix}.")}
+    x = nn.functional.conv2d(pixels, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=16)
+    x = x.flatten(2).mT + w["pos_embed"]
+    front = [w[name].expand(len(x), -1, -1) for name in ("cls_token", "reg_token") if name in w]
+    count, x = x.shape[1], torch.cat([*front, x], dim=1)
+    for i in range(depth - 1):
+        b = f"blocks.{i}"
+        qkv = dense(w, f"{b}.attn.qkv", norm(x, 1e-6, w, f"{b}.norm1"))
+        q, k, v = qkv.reshape(*x.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = (torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1) @ v).transpose(1, 2).flatten(2)
+        x = x + dense(w, f"{b}.attn.proj", mixed) * w.get(f"{b}.ls1.scale_factor", 1)
+        inner = dense(w, f"{b}.mlp.fc1", norm(x, 1e-6, w, f"{b}.norm2"))
+        inner = nn.functional.gelu(inner, approximate=approximate)
+        x = x + dense(w, f"{b}.mlp.fc2", inner) * w.get(f"{b}.ls2.scale_factor", 1)
+    return x[:, -count:]
+
+
+def openvla(published, vlms, home) -> Converted:
+    """Two shards with an index, statistics of two datasets in config.json."""
+    for kind in ("dinov2_with_registers", "siglip", "llama"):
+        write_tiny_component(kind, home / kind, image_size=32, hidden_size=32, num_layers=3)
+    llama = LlamaForCausalLM.from_pretrained(home / "llama").eval()
+    llama.resize_token_embeddings(448, mean_resizing=False)
+    w = {f"language_model.{name}": t.clone() for name, t in llama.state_dict().items()}
+    w |= published.drawn(timm_shapes(published, DINO, 32, 64, 3, 4, 2), 1)
+    w |= published.drawn(timm_shapes(published, SIGLIP, 32, 64, 3, 4, 0), 2)
+    sizes = {"fc1": (256, 64), "fc2": (32, 256), "fc3": (32, 32)}
+    shapes = [published.linear(f"projector.{name}", *size) for name, size in sizes.items()]
+    w |= published.drawn(functools.reduce(dict.__or__, shapes))
+    source = home / "hub"
+    source.mkdir()
+    index = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(w)}
+    for file in set(index.values()):
+        save_file({name: t for name, t in w.items() if index[name] == file}, source / file)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    bridge = published.column(D) | {"mask": [True, True, False]}
+    statistics = {"bridge_orig": {"action": bridge}, "fractal": {"action": published.column(D)}}
+    (source / "config.json").write_text(json.dumps({"model_type": "openvla", "norm_stats": statistics}))
+    vision = {"type": "DinoSigLIP", "dinov2_path": f"{home}/dinov2_with_registers"}
+    vlm = {"vision_backbone": vision | {"siglip_path": f"{home}/siglip"}, "projector": {"type": "FusedMLP"}}
+    vlm |= {"llm_backbone": {"type": "Llama", "path": f"{home}/llama"}}
+    policy = published.policy_section(False, dataset="bridge_orig")
+    report = convert("openvla", source, {"framework": {"vlm": vlm}, "policy": policy}, home / "run")
+    return Converted(published, home / "run", report, w, llama, False)
+
+
+# ---------------------------------------------------------------- every case
+
+
+CASES: dict[str, tuple[Callable[..., Converted], tuple, int | None]] = {  # and how many tensors are left out
+    "starvla_gr00t": (starvla_gr00t, ("qwen2_5_vl", True, "pt"), 0),
+    "starvla_gr00t-stateless": (starvla_gr00t, ("qwen3_vl", False, "safetensors"), 4),
+    "starvla_pi": (starvla_pi, (False,), 9),
+    "starvla_pi-alternating": (starvla_pi, (True,), 4),
+    "starvla_oft": (starvla_oft, (True,), None),
+    "starvla_oft-stateless": (starvla_oft, (False,), None),
+    "starvla_fast": (starvla_fast, (), 0),
+    "openpi_pi0": (openpi, ("openpi_pi0", ""), 1),
+    "openpi_pi0-lerobot": (openpi, ("openpi_pi0", "model."), 2),
+    "openpi_pi05-lerobot": (openpi, ("openpi_pi05", "model."), 2),
+    "gr00t_n15": (gr00t_n15, (), None),
+    "openvla": (openvla, (), None),
+}
+OPENPI = [case for case in CASES if case.startswith("openpi")]
+
+
+@pytest.fixture(scope="module")
+def converted(published, vlms, tmp_path_factory) -> Callable[[str], Converted]:
+    """`converted(case)`: made when it is first asked for, and shared by the tests of this file."""
+
+    @functools.cache
+    def make(case: str) -> Converted:
+        write, options, _ = CASES[case]
+        return write(published, vlms, tmp_path_factory.mktemp(case), *options)
+
+    return make
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_weight_finds_its_place(converted, case):
+    report, ignored = converted(case).report, CASES[case][2]
+    assert report.complete
+    assert ignored is None or len(report.ignored) == ignored, report.ignored
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_policy_predicts_a_chunk(converted, published, case):
+    policy = Policy.from_pretrained(converted(case).run)
+    observation = published.example(3, state=policy.spec.state is not None)
+    chunk = policy.predict(observation, seed=0)
+    assert chunk.shape == (policy.spec.horizon, policy.spec.action.dim)
+    assert np.isfinite(chunk).all()
+
+
+@pytest.mark.parametrize("case", ["starvla_gr00t", "starvla_gr00t-stateless"])
+def test_starvla_gr00t_computes_the_same(converted, published, case):
+    made, noise = converted(case), published.noise()
+    state, velocity = made.batch.get("state"), published.gr00t_velocity
+    expected = published.euler(velocity, made.weights, noise, state, made.states())
+    assert (made.actions(noise) - expected).abs().max() < 1e-5
+    assert (expected - noise).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("alternating", [False, True])
+def test_starvla_pi_computes_the_same(converted, published, alternating):
+    made = converted("starvla_pi-alternating" if alternating else "starvla_pi")
+    noise, sizes = published.noise(), starvla_pi_sizes(published, alternating)
+    velocity = published.alternating_velocity if alternating else published.pi_velocity
+    state = torch.from_numpy(published.example()["state"])[None]  # without alternation it must change nothing
+    expected = published.euler(velocity, made.weights, noise, state, made.states(), sizes)
+    assert (made.actions(noise) - expected).abs().max() < 1e-5
+    assert (expected - noise).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_starvla_oft_has_the_prompt(converted, published, state):
+    made = converted("starvla_oft" if state else "starvla_oft-stateless")
+    text = made.framework.vlm.processor.tokenizer.decode(made.batch["inputs"]["input_ids"][0])
+    bins = state_bins(published.example()["state"])
+    numbers = f" [STATE] {' '.join(map(str, bins))} [ACTION]" if state else ""
+    queries = f"Please predict the next {T} robot actions: <action>{'🔍' * T}<action>."
+    assert f"Your task is open the drawer{numbers} {queries}. Think." in text
+
+
+def state_bins(state: np.ndarray) -> np.ndarray:
+    """π0.5's: 256 equal bins on [-1, 1], and -1 for whatever is below."""
+    return np.clip(np.floor((state.astype(np.float64) + 1) * 128), -1, 255).astype(int)
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_starvla_oft_computes_the_same(converted, published, state):
+    made = converted("starvla_oft" if state else "starvla_oft-stateless")
+    w, dense, norm = made.weights, published.dense, published.norm
+    query = made.framework.vlm.processor.tokenizer("🔍")["input_ids"][0]
+    hidden = made.states()[-1][made.batch["inputs"]["input_ids"] == query][None]
+    x = torch.relu(dense(w, "model.fc1", norm(hidden, 1e-5, w, "model.layer_norm1")))
+    for i in range(2):
+        name = f"model.mlp_resnet_blocks.{i}.ffn"
+        x = x + torch.relu(dense(w, f"{name}.1", norm(x, 1e-5, w, f"{name}.0")))
+    expected = dense(w, "model.fc2", norm(x, 1e-5, w, "model.layer_norm2"))
+    assert expected.shape == (1, T, D)
+    assert (made.actions() - expected).abs().max() < 1e-5
+
+
+def test_starvla_fast_has_the_weights_of_its_backbone(converted):
+    made = converted("starvla_fast")
+    for name, tensor in made.model.state_dict().items():
+        assert torch.equal(made.framework.vlm.model.state_dict()[name], tensor.float()), name
+
+
+def test_starvla_fast_has_its_first_token(converted):
+    assert converted("starvla_fast").framework.token_ids[0] == 4
+
+
+@pytest.mark.parametrize("case", OPENPI)
+def test_openpi_leaves_no_name_over(converted, case):
+    made, lerobot = converted(case), case.endswith("lerobot")
+    # LeRobot's file has one of the two names of a tied tensor, and both are loaded here
+    assert len(made.report.loaded) == len(made.weights) - len(made.report.ignored) + lerobot
+
+
+@pytest.mark.parametrize("case", OPENPI)
+def test_openpi_has_the_weights_of_its_expert(converted, case):
+    made, wrapper = converted(case), "model." if case.endswith("lerobot") else ""
+    theirs = made.weights[f"{wrapper}{EXPERT}.model.layers.1.self_attn.k_proj.weight"]
+    assert torch.equal(made.framework.action_model.layers[1].self_attn.k_proj.weight, theirs.float())
+
+
+@pytest.mark.parametrize("case", OPENPI)
+def test_openpi_ties_its_embedding(converted, case):
+    made, wrapper = converted(case), "model." if case.endswith("lerobot") else ""
+    embedding = made.framework.vlm.model.get_input_embeddings().weight
+    assert torch.equal(embedding, made.weights[f"{wrapper}{PALIGEMMA}.lm_head.weight"].float())
+
+
+@pytest.mark.parametrize("case", OPENPI)
+def test_openpi_brings_its_statistics(converted, case):
+    kept = load_statistics(converted(case).run / "dataset_statistics.json")["droid"]
+    assert kept["action"].q99.tolist() == [2.0] * D
+    assert kept["state"].std.tolist() == [1.5] * S
+
+
+def test_a_missing_layer_of_openpi_is_reported_by_name(published, vlms, tmp_path):
+    weights = published.drawn(openpi_shapes(published, vlms["paligemma"], pi05=False))
+    weights = {name: t for name, t in weights.items() if "action_time_mlp_out" not in name}
+    save_file(weights, tmp_path / "model.safetensors")
+    head = {"hidden_size": 16, "intermediate_size": 24, "num_heads": 4}
+    framework = {"vlm": {"base_vlm": str(vlms["paligemma"])}, "action_horizon": T, "action_model": head}
+    framework |= {"max_action_dim": 8, "max_state_dim": 8}
+    config = {"framework": framework, "policy": published.policy_section()}
+    missing = r"action_model.action_time_mlp_out.weight \(looked for action_time_mlp_out.weight\)"
+    with pytest.raises(ValueError, match=rf"(?s)2 missing.*{missing}"):
+        convert("openpi_pi0", tmp_path / "model.safetensors", config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_gr00t_n15_computes_the_same(converted, published):
+    made = converted("gr00t_n15")
+    expected = published.gr00t_actions(made.model, made.weights, made.batch)
+    assert (made.actions(published.noise()) - expected).abs().max() < 1e-5
+
+
+def test_openvla_leaves_out_what_is_behind_its_features(converted):
+    ignored = converted("openvla").report.ignored
+    assert ignored
+    assert all("blocks.2." in name or "norm." in name or "attn_pool" in name for name in ignored)
+
+
+def test_openvla_does_not_normalise_its_gripper(converted):
+    spec = Policy.from_pretrained(converted("openvla").run).spec
+    assert spec.normalization["action"] == ["q99", "q99", "identity"]
+
+
+def test_openvla_computes_the_same(converted, published):
+    made = converted("openvla")
+    w, llama, inputs, dense = made.weights, made.model, made.batch["inputs"], published.dense
+    views = inputs["pixel_values"].split(3, dim=1)
+    x = torch.cat(
+        [
+            timm_patches(published, w, DINO, views[0], 4, 3, "none"),
+            timm_patches(published, w, SIGLIP, views[1], 4, 3, "tanh"),
+        ],
+        dim=-1,
+    )
+    for name in ("fc1", "fc2"):
+        x = nn.functional.gelu(dense(w, f"projector.{name}", x))
+    x = dense(w, "projector.fc3", x)
+    tokens = llama.get_input_embeddings()(inputs["input_ids"])
+    embedded = torch.cat([tokens[:, :1], x, tokens[:, 5:]], dim=1)  # behind the beginning-of-text token
+    with torch.no_grad():
+        expected = llama.model(inputs_embeds=embedded).last_hidden_state
+        found = made.framework.vlm(inputs).hidden
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_openvla_puts_the_image_behind_the_first_token(converted):
+    made = converted("openvla")
+    assert (made.batch["inputs"]["input_ids"][0, 1:5] == made.framework.vlm.config.image_token_id).all()
+
+
+def test_openvla_counts_its_action_tokens_from_the_last_token(converted):
+    assert converted("openvla").framework.token_ids[0] == 448 - 64 - 1

@@ -1,0 +1,132 @@
+"""The conversion of a checkpoint to a run folder: all or nothing, with every fault on one line."""
+
+import json
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from vla_bench.data.normalize import Normalizer, load_statistics, save_statistics
+from vla_bench.models.interop.checkpoint_formats import CHECKPOINT_FORMATS
+from vla_bench.models.interop.convert import PolicySettings, convert, converted_spec, main
+
+
+@pytest.fixture(scope="module")
+def oft(published, vlms, tmp_path_factory):
+    """A StarVLA run of a QwenOFT, and our configuration for it."""
+    home = tmp_path_factory.mktemp("oft")
+    _, weights = published.hf_weights(vlms["qwen2_5_vl"])
+    run = published.starvla_run(
+        home / "theirs",
+        weights,
+        published.residual_head_weights(),
+        {"action_horizon": 2},
+        include_state=False,
+    )
+    framework = {"vlm": {"base_vlm": str(vlms["qwen2_5_vl"])}}
+    return run, {"framework": framework, "policy": published.policy_section(False)}
+
+
+def test_the_run_records_where_it_comes_from(oft, tmp_path):
+    report = convert("starvla_oft", *oft, tmp_path / "run")
+    record = json.loads((tmp_path / "run/conversion.json").read_text())
+    assert record["format"] == "starvla_oft" and record["source"] == str(oft[0])
+    assert record["report"] == str(report)
+
+
+def test_a_run_is_never_written_over(oft, tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(FileExistsError, match="never written over"):
+        convert("starvla_oft", *oft, tmp_path / "run")
+
+
+def test_the_older_name_of_the_option_still_works(oft, tmp_path, capsys):
+    run, config = oft
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "ours.yaml")
+    for option in ("--format", "--layout"):
+        words = [option, "starvla_oft", str(run), "--config", str(tmp_path / "ours.yaml")]
+        main([*words, "--out", str(tmp_path / option)])
+    assert capsys.readouterr().out.count("wrote ") == 2
+
+
+# ---------------------------------------------------------------- statistics
+
+
+@pytest.fixture
+def rare(tmp_path):
+    """Statistics without extremes, of a number that is 1 in five of a thousand frames and 0 otherwise."""
+    event = np.zeros(1000)
+    event[:5] = 1
+    q01, q99 = np.quantile(event, [0.01, 0.99])
+    values = {"mean": event.mean(), "std": event.std(), "q01": q01, "q99": q99}
+    path = tmp_path / "norm_stats.json"
+    path.write_text(json.dumps({"norm_stats": {"actions": {key: [value] for key, value in values.items()}}}))
+    return path
+
+
+def settings(mode: str) -> PolicySettings:
+    return PolicySettings({"names": ["a"]}, ["front"], [32, 32], 10, {"action": mode})
+
+
+def test_a_rare_event_survives_statistics_without_extremes(rare, tmp_path):
+    _, content = converted_spec(settings("mean_std"), 4, rare)
+    save_statistics(tmp_path / "saved.json", content)
+    normalizer = Normalizer(load_statistics(tmp_path / "saved.json")["openpi"]["action"], "mean_std")
+    assert normalizer.unnormalize(normalizer.normalize(np.array([1.0]))) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("mode", ["min_max", "binary"])
+def test_a_mode_that_needs_extremes_is_refused_without_them(rare, mode):
+    message = f"norm_stats.json: openpi.action: .* no extremes, which {mode} needs"
+    with pytest.raises(ValueError, match=message):
+        converted_spec(settings(mode), 4, rare)
+
+
+# ---------------------------------------------------------------- the program
+
+
+def stopped(capsys, words) -> str:
+    """The last line that the program printed before it stopped with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "framework is missing"),
+        ("[1]", "config.yaml holds a list"),
+        ("a: [1", "config.yaml cannot be read as YAML"),
+        ("framework: {qwenvl: {base_vlm: x}}", "framework.action_model is missing"),
+        ("framework: {qwenvl: {base_vlm: x}, action_model: {}}", "framework.action_model has no length"),
+        (
+            "framework: {qwenvl: {base_vlm: x}, action_model: {action_horizon: 4}}\ndatasets: null",
+            "is damaged",
+        ),
+    ],
+)
+def test_a_broken_starvla_configuration_is_one_line(vlms, published, tmp_path, capsys, text, message):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/steps_1_pytorch_model.pt").touch()
+    (tmp_path / "config.yaml").write_text(text)
+    head = {"hidden_size": published.SIZES.width, "num_heads": published.SIZES.heads, "num_layers": 1}
+    framework = {"vlm": {"base_vlm": str(vlms["qwen2_5_vl"])}, "action_model": head}
+    ours = {"framework": framework, "policy": published.policy_section(False)}
+    OmegaConf.save(OmegaConf.create(ours), tmp_path / "ours.yaml")
+    words = ["--format", "starvla_gr00t", tmp_path, "--config", tmp_path / "ours.yaml"]
+    error = stopped(capsys, [*words, "--out", tmp_path / "run"]).splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_program_lists_the_formats(capsys):
+    main(["--list"])
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in CHECKPOINT_FORMATS)
+
+
+def test_a_missing_configuration_is_one_line(capsys):
+    error = stopped(capsys, ["--format", "openpi_pi0", "x", "--config", "no.yaml", "--out", "y"])
+    assert error.startswith("error: ") and error.count("\n") == 1

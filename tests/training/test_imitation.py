@@ -1,0 +1,231 @@
+"""Training gives the same numbers for the same seed, also after a restart; and it stops before a bad number is learned."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vla_bench.config import load_config
+from vla_bench.data.lerobot import LeRobotDataset
+from vla_bench.training import imitation
+from vla_bench.training.checkpoint import latest_checkpoint, list_checkpoints
+from vla_bench.training.imitation import train, update
+from vla_bench.training.loop import AugmentedView, make_loader, read_metrics
+from vla_bench.training.run import set_up
+
+
+def weights_of(run):
+    return load_file(latest_checkpoint(run) / "model.safetensors")
+
+
+def stream_of(run):
+    return iter(make_loader(run.view, run.sampler(), run.framework.prepare))
+
+
+def evaluations_of(run):
+    return [row for row in read_metrics(run / "metrics.jsonl") if "eval/action_error" in row]
+
+
+def test_the_same_seed_gives_the_same_losses(config, straight, losses):
+    assert [step for step, _, _ in straight.losses] == [1, 2, 3, 4, 5, 6]
+    assert losses(train(config("", straight.framework))) == straight.losses
+
+
+def test_evaluations_and_workers_change_no_loss(config, straight, losses):
+    run = train(config("--trainer.eval_interval 1 --trainer.num_workers 1", straight.framework))
+    assert losses(run) == straight.losses
+    assert [row["step"] for row in evaluations_of(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_another_seed_gives_other_losses(config, straight, losses):
+    assert losses(train(config("--seed 1", straight.framework))) != straight.losses
+
+
+def test_a_resumed_run_repeats_the_losses_and_the_weights(config, straight, losses):
+    run = train(config("", straight.framework))
+    shutil.rmtree(latest_checkpoint(run))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 9.0, "grad_norm": 9.0}\n{"step": 8, "lo')
+    train(load_config(run, "--trainer.resume true"))
+    assert losses(run) == straight.losses
+    expected, again = weights_of(straight.folder), weights_of(run)
+    assert expected.keys() == again.keys()
+    assert all(torch.equal(expected[key], again[key]) for key in expected)
+
+
+def test_a_policy_in_bfloat16_leaves_the_training_in_float32(config, straight, losses):
+    run = train(config("--framework.inference_model.vlm.dtype bfloat16", straight.framework))
+    shutil.rmtree(latest_checkpoint(run))
+    train(load_config(run, "--trainer.resume true"))
+    assert losses(run) == straight.losses
+    expected, again = weights_of(straight.folder), weights_of(run)
+    assert all(torch.equal(expected[key], again[key]) for key in expected)
+
+
+@pytest.fixture
+def stopped(config, monkeypatch):
+    """A run in which one sample's loss overflows: its folder, the message, the sample's origin, and all origins."""
+    probe = set_up(config("--run_id probe"))
+    offending = probe.view[probe.sampler().batch(2)[1]]["origin"]
+    clean = AugmentedView.__getitem__
+
+    def spoilt(self, key):
+        sample = clean(self, key)
+        if sample["origin"] == offending:
+            return {**sample, "action": sample["action"] + np.float32(3e38)}
+        return sample
+
+    monkeypatch.setattr(AugmentedView, "__getitem__", spoilt)
+    with pytest.raises(FloatingPointError) as error:
+        train(config("--trainer.save_interval 1"))
+    train_data = probe.data.train
+    origins = {train_data[row]["origin"] for row in range(len(train_data))}
+    return probe.folder.with_name("run"), str(error.value), offending, origins
+
+
+def test_a_loss_that_is_not_finite_names_the_offending_sample_and_no_other(stopped):
+    _, message, offending, origins = stopped
+    assert offending in message
+    assert not any(f"{origin};" in f"{message};" for origin in origins - {offending})
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights_of_the_step_before(stopped, losses):
+    run, message, _, _ = stopped
+    step = len(losses(run))
+    assert f"still those of step {step}" in message
+    assert [int(p.name[5:]) for p in list_checkpoints(run)] == list(range(1, step + 1))
+
+
+@pytest.fixture
+def moved(config):
+    """How far each parameter moves in a first step with a rate of zero for the VLM and no weight decay; and the rate."""
+    rates = "--trainer.learning_rate.vlm 0.0 --trainer.weight_decay 0.0 --trainer.warmup_steps 0"
+    run = set_up(config(f"{rates} --trainer.learning_rate.base 0.01"))
+    before = {name: p.detach().clone() for name, p in run.framework.named_parameters()}
+    rate = max(group["lr"] for group in run.optimizer.param_groups)
+    update(run, [next(stream_of(run))])
+    parameters = run.framework.named_parameters()
+    return {name: (p.detach() - before[name]).abs().max().item() for name, p in parameters}, rate
+
+
+def test_a_module_with_a_rate_of_zero_stands_still(moved):
+    steps, _ = moved
+    assert all(step == 0.0 for name, step in steps.items() if name.startswith("vlm."))
+
+
+def test_the_first_step_of_adamw_has_the_size_of_the_rate(moved):
+    steps, rate = moved
+    heads = [step for name, step in steps.items() if name.startswith("action_model.")]
+    assert len(heads) > 2 and max(heads) == pytest.approx(rate, rel=1e-3)
+
+
+def test_frozen_modules_stand_still(config):
+    run = set_up(config("--trainer.freeze_modules qwen_vl_interface --trainer.warmup_steps 0"))
+    before = {name: p.detach().clone() for name, p in run.framework.named_parameters()}
+    update(run, [next(stream_of(run))])
+    same = {name for name, p in run.framework.named_parameters() if torch.equal(p, before[name])}
+    assert {name for name in before if name.startswith("vlm.")} <= same
+    assert any(not name.startswith("vlm.") for name in before.keys() - same)
+
+
+@pytest.fixture
+def watched(config, home, monkeypatch):
+    """A run of 30 steps: its folder, the origins that it drew, and the datasets trained on and held out."""
+    seen = set()
+    clean = AugmentedView.__getitem__
+
+    def watching(self, key):
+        sample = clean(self, key)
+        seen.add(sample["origin"])
+        return sample
+
+    monkeypatch.setattr(AugmentedView, "__getitem__", watching)
+    run = train(config("--trainer.max_train_steps 30"))
+    held_out = json.loads((latest_checkpoint(run) / "trainer/progress.json").read_text())["held_out"]
+    assert len(held_out) == 2
+    whole = LeRobotDataset(home / "toy", horizon=4)
+    return run, seen, whole.select([e for e in whole.episodes if e not in held_out]), whole.select(held_out)
+
+
+def test_held_out_episodes_are_never_trained_on(watched):
+    _, seen, trained, held_out = watched
+    assert seen == {trained[row]["origin"] for row in range(len(trained))}
+    assert not seen & {held_out[row]["origin"] for row in range(len(held_out))}
+
+
+def test_the_statistics_are_those_of_the_training_episodes(watched):
+    run, _, trained, _ = watched
+    found = json.loads((run / "dataset_statistics.json").read_text())["toy"]["action"]
+    columns = trained.columns["action"]
+    np.testing.assert_allclose(found["max"], columns.max(0), rtol=1e-6)
+    np.testing.assert_allclose(found["std"], columns.astype(np.float64).std(0), rtol=1e-6)
+
+
+def test_accumulation_is_exact_although_chunks_hold_padding(config):
+    """Two micro-batches of four against plain autograd on the eight samples at once."""
+    run = set_up(config("--trainer.gradient_clipping 1e9 --trainer.gradient_accumulation_steps 2"))
+    stream = stream_of(run)
+    batches = [next(stream), next(stream)]
+    valid = [int((~batch["action_is_pad"]).sum()) for batch in batches]
+    assert valid[0] != valid[1], "choose another seed: this test needs unequal padding"
+    run.model.eval()
+    keys = run.sampler().batch(0) + run.sampler().batch(1)
+    expected_loss = run.framework.forward([run.view[key] for key in keys])["action_loss"]
+    expected_loss.backward()
+    expected = [p.grad.clone() for p in run.framework.parameters()]
+    run.framework.zero_grad()
+    run.optimizer.zero_grad = lambda: None
+    loss, norm = update(run, batches)
+    for parameter, gradient in zip(run.framework.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+    assert loss == pytest.approx(expected_loss.item(), rel=1e-5)
+    assert norm == pytest.approx(torch.cat([g.flatten() for g in expected]).norm().item(), rel=1e-4)
+
+
+def test_two_processes_train_like_one(config, losses, tmp_path):
+    """Two processes with batch 2 see in each step what one process with batch 4 sees."""
+    alone = train(config("--run_id alone --trainer.per_device_batch_size 4"))
+    config("--run_id pair --trainer.per_device_batch_size 2").save(tmp_path / "pair.yaml")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "vla_bench.training.imitation", "--config_yaml", tmp_path / "pair.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    pair = tmp_path / "pair"
+    np.testing.assert_allclose(losses(pair), losses(alone), rtol=1e-3)
+    assert len(json.loads((latest_checkpoint(pair) / "trainer/rng.json").read_text())) == 2
+
+
+def test_a_model_wider_than_the_robot_is_measured_on_the_robots_numbers(config):
+    wide = "--framework.max_action_dim 8 --framework.max_state_dim 6 --trainer.eval_interval 3"
+    (row,) = evaluations_of(train(config(f"--trainer.max_train_steps 3 {wide}", "GR00T")))
+    each = [row[f"eval/action_error/{name}"] for name in ("dx", "dy", "gripper")]
+    assert row["eval/action_error"] == pytest.approx(np.mean(each)) and np.isfinite(each).all()
+
+
+def test_bfloat16_arithmetic_keeps_float32_weights(config):
+    run = train(config("--trainer.mixed_precision bf16 --trainer.eval_interval 3"))
+    rows = read_metrics(run / "metrics.jsonl")
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    assert {value.dtype for value in weights_of(run).values()} == {torch.float32}
+
+
+def test_bfloat16_arithmetic_gives_nearly_the_first_loss(config, losses):
+    half = losses(train(config("--run_id half --trainer.mixed_precision bf16")))
+    exact = losses(train(config("--run_id exact")))
+    assert half[0] != exact[0] and half[0][1] == pytest.approx(exact[0][1], rel=0.05)
+
+
+def test_the_program_reports_an_error_of_the_user_in_one_line(config, tmp_path, capsys):
+    config().save(tmp_path / "program.yaml")
+    with pytest.raises(SystemExit) as stop:
+        imitation.main(["--config_yaml", str(tmp_path / "program.yaml"), "--trainer.max_train_step", "3"])
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and "trainer.max_train_steps" in err and "Traceback" not in err
