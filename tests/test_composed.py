@@ -524,7 +524,7 @@ def test_the_two_ways_of_composing_are_not_mixed(home):
         two = {key: value for key, value in config["vlm"].items() if key != part}
         with pytest.raises(ValueError, match=f"{part} is missing"):
             build_framework({**config, "vlm": two}, action_dim=3, state_dim=5)
-    with pytest.raises(ValueError, match="places for 8 picture tokens, the pictures give 32"):
+    with pytest.raises(ValueError, match="32 image tokens for 8 placeholders"):
         vlm = compose(**config["vlm"])
         inputs = vlm.prepare(IMAGES[:1], WORDS[:1])
         inputs["input_ids"][0, 8:] = 5

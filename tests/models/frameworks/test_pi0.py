@@ -237,7 +237,7 @@ def test_transformers_own_pi0_has_the_same_loss(pi, both_implementations):
     model, batch, theirs, seen = both_implementations
     ours = model(batch, noise=pi.noise, time=pi.time)["action_loss"]
     loss = theirs(**seen, actions=batch["actions"], noise=pi.noise, timestep=pi.time).loss
-    assert float(ours) == pytest.approx(float(loss), abs=2e-5)  # they compute the waves of time in float32
+    assert float(ours) == pytest.approx(float(loss), abs=2e-5)  # they compute the time embedding in float32
 
 
 @torch.no_grad()

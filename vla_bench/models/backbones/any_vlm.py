@@ -10,17 +10,15 @@ __all__ = ['AnyPrepare', 'guess_grids', 'parameters_behind_feature_layer', 'AnyV
 # %% ../../../nbs/models/backbones/80_any_vlm.ipynb #9e3c6320
 import inspect
 from itertools import groupby
+
 import torch
 from fastcore.basics import patch
 from PIL import Image
-from torch import Tensor
-from torch import nn
-from transformers import PreTrainedModel
-from transformers import ProcessorMixin
-from .tokens import padding_order
-from .tokens import reorder
-from .vlm import VLM
-from .vlm import VLMPrepare
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ProcessorMixin
+
+from .tokens import padding_order, reorder
+from .vlm import VLM, VLMPrepare
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/80_any_vlm.ipynb #9f14c48a
@@ -99,15 +97,11 @@ def image_token_mask(self: AnyVLM, inputs: dict[str, Tensor]) -> Tensor:
     """Bool [B, L], true where a token stands for a patch of an image."""
     holders = (self.config, self.processor)
     ids = [
-        getattr(holder, name, None)
-        for holder in holders
-        for name in ("image_token_id", "image_token_index")
+        getattr(holder, name, None) for holder in holders for name in ("image_token_id", "image_token_index")
     ]
     known = [i for i in ids if i is not None]
     if not known:
-        raise ValueError(
-            f"neither configuration nor processor of {self.model_type} names an image_token_id"
-        )
+        raise ValueError(f"neither configuration nor processor of {self.model_type} names an image_token_id")
     return inputs["input_ids"] == known[0]
 
 

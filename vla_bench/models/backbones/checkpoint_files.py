@@ -41,7 +41,9 @@ def weights_header(file: Path) -> dict[str, dict]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ValueError(f"is torn, or no safetensors file: it ends after {size} bytes, within its header")
+            raise ValueError(
+                f"is torn, or no safetensors file: it ends after {size} bytes, within its header"
+            )
         try:
             header = json.loads(stream.read(length))
         except ValueError as error:
@@ -58,7 +60,9 @@ def weights_damage(file: Path) -> str | None:
         header = weights_header(file)
         ends = [entry["data_offsets"][1] for entry in header.values()]
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        return str(error) if type(error) is ValueError else "is no safetensors file: its header says no places"
+        return (
+            str(error) if type(error) is ValueError else "is no safetensors file: its header says no places"
+        )
     with file.open("rb") as stream:
         promised = 8 + int.from_bytes(stream.read(8), "little") + max(ends, default=0)
     found = file.stat().st_size
@@ -93,7 +97,9 @@ def folder_damage(folder: Path) -> list[str]:
     found = []
     files = sorted(file for file in folder.iterdir() if file.is_file())
     for file in files:
-        if file.suffix in (".json", ".jinja", ".safetensors", ".txt", ".model") and (what := file_damage(file)):
+        if file.suffix in (".json", ".jinja", ".safetensors", ".txt", ".model") and (
+            what := file_damage(file)
+        ):
             found.append(f"{file} {what}")
     indices = [] if found else [file for file in files if file.name.endswith(".safetensors.index.json")]
     return found + [f"{file} {what}" for file in indices if (what := index_damage(file))]

@@ -109,7 +109,9 @@ def load_component(
     if load_weights:
         model, missing = read_model(auto, path, config=config, **options)
         if missing:
-            raise ValueError(f"{path} lacks {len(missing)} weights of {type(model).__name__}: {shortlist(missing)}")
+            raise ValueError(
+                f"{path} lacks {len(missing)} weights of {type(model).__name__}: {shortlist(missing)}"
+            )
     else:
         with quiet():
             model = auto.from_config(config, **options)

@@ -122,9 +122,7 @@ def run(
         )
     if "pixel_values" in inputs:
         every = inputs["input_ids"] == self.config.image_token_id
-        tokens = self.model.model.get_image_features(
-            inputs["pixel_values"], return_dict=True
-        ).pooler_output
+        tokens = self.model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
         embeddings = place_images(embeddings, every, tokens)
     order = padding_order(mask, self.padding_side)
     with eager_text(self.model, attention):

@@ -9,35 +9,31 @@ __all__ = ['COMPONENTS', 'backbone_sizes', 'VLMPrepare', 'eager_text', 'VLM', 'n
 
 # %% ../../../nbs/models/backbones/10_vlm.ipynb #cfad3930
 import re
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
 import torch
 from fastcore.basics import patch
 from PIL import Image
-from torch import Tensor
-from torch import nn
-from transformers import Cache
-from transformers import PreTrainedModel
-from transformers import ProcessorMixin
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel, ProcessorMixin
+
 from .processor import load_processor
-from .tokens import last_state
-from .tokens import next_positions
-from .tokens import pad_left
-from .tokens import padding_order
-from .tokens import reorder
-from .tokens import restore_order
-from .tokens import visible_tokens
-from .words import align_words
-from .words import decode_pieces
-from ..features import BackboneSizes
-from ..features import Features
+from vla_bench.models.backbones.tokens import (
+    last_state,
+    next_positions,
+    pad_left,
+    padding_order,
+    reorder,
+    restore_order,
+    visible_tokens,
+)
+from .words import align_words, decode_pieces
+from ..features import BackboneSizes, Features
 
 # %% ../../../nbs/models/backbones/10_vlm.ipynb #5061e9ec
 def backbone_sizes(model: PreTrainedModel) -> BackboneSizes:
@@ -162,7 +158,9 @@ class VLM(nn.Module):
 
     def read_residual(self) -> None:
         """From now on features are the residual stream. Raises `ValueError` for a family that does not offer it."""
-        raise ValueError(f"{type(self).__name__} gives {' or '.join(self.hidden_states_offered)} hidden states only")
+        raise ValueError(
+            f"{type(self).__name__} gives {' or '.join(self.hidden_states_offered)} hidden states only"
+        )
 
     @classmethod
     def load_processor(cls, path: str | Path) -> Any:

@@ -89,11 +89,13 @@ def load_weights(
                 found = module.load_state_dict(tensors, strict=False)
             except RuntimeError as error:
                 lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-                raise ValueError(f"{file} is damaged or does not fit {source}: {shortlist(lines, 3)}") from error
+                raise ValueError(
+                    f"{file} is damaged or does not fit {source}: {shortlist(lines, 3)}"
+                ) from error
         missing &= set(found.missing_keys)
         unexpected |= set(found.unexpected_keys)
     filled = {place[name] for name in place.keys() - missing}
-    missing = {name for name in missing if place[name] not in filled}  # tied to one that is there
+    missing = {place[name]: name for name in missing if place[name] not in filled}.values()  # tied ones once
     if missing or unexpected:
         both = (("it lacks", missing), ("nothing takes", unexpected))
         said = [f"{verb} {len(names)} tensors, {shortlist(names)}" for verb, names in both if names]

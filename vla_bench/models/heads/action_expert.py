@@ -34,6 +34,7 @@ from vla_bench.models.layers.expert import (
     block_mask,
     rope_cos_sin,
 )
+from ..layers.transformer import check_state
 from ...registry import HEADS
 
 # %% ../../../nbs/models/heads/90_action_expert.ipynb #8f25fbf0
@@ -167,10 +168,7 @@ def state_token(
     """The block between prefix and actions. Raises `ValueError` for a state of another size."""
     if self.state_proj is None:
         return self.action_in_proj.weight.new_zeros(batch, 0, self.action_in_proj.out_features)
-    if state is None or tuple(state.shape) != (batch, self.state_dim):
-        found = "none" if state is None else list(state.shape)
-        raise ValueError(f"this head reads a state of {self.state_dim} numbers per sample, got {found}")
-    return self.state_proj(state)[:, None]
+    return self.state_proj(check_state(state, batch, self.state_dim))[:, None]
 
 # %% ../../../nbs/models/heads/90_action_expert.ipynb #7c7ab936
 @patch

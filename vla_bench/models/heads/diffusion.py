@@ -145,7 +145,7 @@ def check_steps(
         )
 
 # %% ../../../nbs/models/heads/70_diffusion.ipynb #5204d3bb
-SAMPLERS = {"ddim": 10, "ddpm": None}  # and how many steps each takes unless told; None for all
+SAMPLERS = {"ddim": 10, "ddpm": None}  # and how many steps each takes by default; None for all
 
 
 def count_steps(
