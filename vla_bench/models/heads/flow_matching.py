@@ -99,11 +99,9 @@ class DiTFlowHead(ActionHead):
         """What the blocks look at: [B, L, H] for all, or one for each."""
         raise NotImplementedError
 
-# %% ../../../nbs/models/heads/40_flow_matching.ipynb #flma0018
-@patch
-def layer_classes(self: DiTFlowHead) -> set[type[nn.Module]]:
-    """The blocks of the transformer."""
-    return {DiTBlock}
+    def layer_classes(self) -> set[type[nn.Module]]:
+        """The blocks of the transformer."""
+        return {DiTBlock}
 
 # %% ../../../nbs/models/heads/40_flow_matching.ipynb #flma0015
 @patch
