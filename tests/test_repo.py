@@ -242,7 +242,7 @@ def test_tests_mirror_the_package(path):
     assert known, f"there is no vla_bench/{module}; a test of several modules is named in CROSS_CUTTING"
 
 
-def test_the_base_install_needs_no_torch_and_no_fastcore():
+def test_the_base_install_needs_no_torch():
     torch_free = [f"vla_bench.{name}" for name in BASE]
     torch_free += [
         ".".join(p.relative_to(ROOT).with_suffix("").parts)
@@ -252,7 +252,6 @@ def test_the_base_install_needs_no_torch_and_no_fastcore():
     heavy = [
         "torch",
         "transformers",
-        "fastcore",
         "pyarrow",
         "av",
         "metaworld",
