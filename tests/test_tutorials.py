@@ -227,13 +227,13 @@ def test_a_scaffolded_head_is_exported_installed_and_trained(repository, tmp_pat
 
 def test_nothing_is_overwritten_and_names_are_checked(repository):
     before = {path: path.read_bytes() for path in (repository / "nbs").iterdir()}
-    for name, said in (
+    for name, message in (
         ("OurHeadish", "not overwritten"),
         ("mlp", "the head 'MLP' exists"),
         ("my-head", "cannot name"),
     ):
         run = python("-m", "vla_bench.scaffold", "head", name, "--out", "nbs", cwd=repository)
-        assert run.returncode == 2 and said in run.stderr and len(run.stderr.splitlines()) == 1
+        assert run.returncode == 2 and message in run.stderr and len(run.stderr.splitlines()) == 1
     assert {path: path.read_bytes() for path in (repository / "nbs").iterdir()} == before
 
 

@@ -1,4 +1,4 @@
-"""Where an action looks: in the images and in the words
+"""Where an action looks: in the images and in the words of the instruction
 
 Docs: https://vla-bench.github.io/vla_bench/models/attention_map.html.md"""
 
@@ -17,19 +17,17 @@ from torch import Tensor
 # %% ../../nbs/models/05_attention_map.ipynb #38ced365
 @dataclass
 class AttentionMap:
-    """Where an action looks: shares of attention over each picture's tokens and over the instruction's words."""
+    """Where an action looks: shares of attention over each image's tokens and over the instruction's words."""
 
     images: list[np.ndarray]  # float32 [rows, columns] per camera
-    words: list[tuple[str, float]]  # in the order of the sentence
+    words: list[tuple[str, float]]  # in the order of the instruction
 
-
+# %% ../../nbs/models/05_attention_map.ipynb #_map0005
 def attention_map(
     weights: Tensor,  # [B, L], attention over the prompt's tokens
     is_image: Tensor,  # bool [B, L], true where a token stands for a part of an image
     grids: Sequence[Sequence[tuple[int, int]]],  # per sample and image, the rows and columns of its tokens
-    words: Sequence[
-        Sequence[tuple[str, list[int]]]
-    ],  # per sample, each word with the positions of its tokens
+    words: Sequence[Sequence[tuple[str, list[int]]]],  # per sample, each word with its tokens' positions
 ) -> list[AttentionMap]:  # one per sample
     """Shares over prompt tokens, sorted into images and words."""
     maps = []

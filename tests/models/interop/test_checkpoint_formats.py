@@ -129,72 +129,9 @@ def starvla_fast(published, vlms, home) -> Converted:
 # ---------------------------------------------------------------- openpi and LeRobot
 
 
-def openpi_shapes(published, vlm: Path, pi05: bool) -> dict[str, tuple]:
-    """Public names and shapes, as in openpi's PyTorch models, for the sizes of the tiny PaliGemma."""
-    config = json.loads((vlm / "config.json").read_text())
-    text, linear = config["text_config"], published.linear
-    width, expert = text["hidden_size"], 16
-    shapes = siglip_shapes(published, config["vision_config"])
-    shapes |= linear(
-        f"{PALIGEMMA}.model.multi_modal_projector.linear", width, config["vision_config"]["hidden_size"]
-    )
-    shapes |= {f"{PALIGEMMA}.model.language_model.embed_tokens.weight": (text["vocab_size"], width)}
-    shapes |= gemma_shapes(f"{PALIGEMMA}.model.language_model", text, width, text["intermediate_size"], False)
-    shapes |= gemma_shapes(f"{EXPERT}.model", text, expert, 24, adaptive=pi05)
-    shapes[f"{EXPERT}.lm_head.weight"] = (text["vocab_size"], expert)
-    shapes |= linear("action_in_proj", expert, 8) | linear("action_out_proj", 8, expert)
-    if pi05:
-        return shapes | linear("time_mlp_in", expert, expert) | linear("time_mlp_out", expert, expert)
-    shapes |= linear("state_proj", expert, 8) | linear("action_time_mlp_in", expert, 2 * expert)
-    return shapes | linear("action_time_mlp_out", expert, expert)
-
-
-def siglip_shapes(published, vision: dict) -> dict[str, tuple]:
-    encoder, width, inner = (
-        f"{PALIGEMMA}.model.vision_tower.vision_model",
-        vision["hidden_size"],
-        vision["intermediate_size"],
-    )
-    shapes = {f"{encoder}.embeddings.patch_embedding.weight": (width, 3, 16, 16)}
-    shapes |= {f"{encoder}.embeddings.patch_embedding.bias": (width,)}
-    shapes[f"{encoder}.embeddings.position_embedding.weight"] = ((vision["image_size"] // 16) ** 2, width)
-    for i in range(vision["num_hidden_layers"]):
-        layer = f"{encoder}.encoder.layers.{i}"
-        for n in ("k", "v", "q", "out"):
-            shapes |= published.linear(f"{layer}.self_attn.{n}_proj", width, width)
-        shapes |= published.affine(f"{layer}.layer_norm1", width) | published.affine(
-            f"{layer}.layer_norm2", width
-        )
-        shapes |= published.linear(f"{layer}.mlp.fc1", inner, width) | published.linear(
-            f"{layer}.mlp.fc2", width, inner
-        )
-    return shapes | published.affine(f"{encoder}.post_layernorm", width)
-
-
-def gemma_shapes(prefix: str, text: dict, width: int, inner: int, adaptive: bool) -> dict[str, tuple]:
-    head, heads = text["head_dim"], text["num_attention_heads"]
-    shapes = {}
-    for i in range(text["num_hidden_layers"]):
-        layer = f"{prefix}.layers.{i}"
-        shapes[f"{layer}.self_attn.q_proj.weight"] = (heads * head, width)
-        shapes[f"{layer}.self_attn.o_proj.weight"] = (width, heads * head)
-        shapes |= {f"{layer}.self_attn.{n}_proj.weight": (head, width) for n in "kv"}
-        shapes |= {f"{layer}.mlp.{n}_proj.weight": (inner, width) for n in ("gate", "up")}
-        shapes[f"{layer}.mlp.down_proj.weight"] = (width, inner)
-        for n in ("input_layernorm", "post_attention_layernorm"):
-            shapes |= rms_norm_shapes(f"{layer}.{n}", width, adaptive)
-    return shapes | rms_norm_shapes(f"{prefix}.norm", width, adaptive)
-
-
-def rms_norm_shapes(name: str, width: int, adaptive: bool) -> dict[str, tuple]:
-    if adaptive:
-        return {f"{name}.dense.weight": (3 * width, width), f"{name}.dense.bias": (3 * width,)}
-    return {f"{name}.weight": (width,)}
-
-
 def openpi(published, vlms, home, format_name: str, wrapper: str) -> Converted:
     """Both tied names and a norm_stats.json; with a wrapper one of them, bfloat16 and LeRobot's normaliser."""
-    weights = published.drawn(openpi_shapes(published, vlms["paligemma"], format_name == "openpi_pi05"))
+    weights = published.drawn(published.openpi_shapes(vlms["paligemma"], format_name == "openpi_pi05"))
     embedding = f"{PALIGEMMA}.model.language_model.embed_tokens.weight"
     weights[f"{PALIGEMMA}.lm_head.weight"] = weights[embedding].clone()
     source = home / "theirs"
@@ -450,7 +387,7 @@ def test_openpi_brings_its_statistics(converted, case):
 
 
 def test_a_missing_layer_of_openpi_is_reported_by_name(published, vlms, tmp_path):
-    weights = published.drawn(openpi_shapes(published, vlms["paligemma"], pi05=False))
+    weights = published.drawn(published.openpi_shapes(vlms["paligemma"], pi05=False))
     weights = {name: t for name, t in weights.items() if "action_time_mlp_out" not in name}
     save_file(weights, tmp_path / "model.safetensors")
     head = {"hidden_size": 16, "intermediate_size": 24, "num_heads": 4}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from vla_bench.config import ConfigError, load_config
 from vla_bench.models.backbones.eagle import compose_eagle
@@ -151,7 +152,73 @@ model = dict(
 inference_model = None
 """
 
-FILES = {"base": BASE, "gr00t": GR00T, "pi0": PI0, "pi05": PI05, "openvla": OPENVLA, "llava": LLAVA}
+PUBLISHED_PI0 = """
+model = dict(
+    type='PI0FlowMatching',
+    llm_backbone=dict(
+        type='ConditionGemmaModel',
+        adarms_cond_dim=None,
+        attention_bias=False,
+        attention_dropout=0.0,
+        bos_token_id=2,
+        head_dim=256,
+        hidden_act='gelu_pytorch_tanh',
+        hidden_size=2048,
+        intermediate_size=16384,
+        num_attention_heads=8,
+        num_hidden_layers=18,
+        num_key_value_heads=1,
+        rms_norm_eps=1e-06,
+        rope_theta=10000.0,
+        vocab_size=257152),
+    vision_backbone=dict(
+        type='SigLIPViTBackbone',
+        vision_backbone_id='siglip_224',
+        vision_config=dict(hidden_size=1152, image_size=224, num_hidden_layers=27, patch_size=14)),
+    projector=dict(type='LinearProjector', in_dim=1152, out_dim=2048),
+    proj_width=1024,
+    n_action_steps=50,
+    state_proj=dict(type='LinearProjector', in_dim=8, out_dim=1024),
+    action_in_proj=dict(type='LinearProjector', in_dim=8, out_dim=1024),
+    action_out_proj=dict(type='LinearProjector', in_dim=1024, out_dim=8),
+    max_action_dim=8,
+    llm_expert=dict(
+        type='ConditionGemmaModel',
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_attention_heads=8,
+        num_hidden_layers=18,
+        use_adarms=False,
+        vocab_size=257152),
+    freeze_llm_backbone=False,
+    freeze_vision_backbone=False,
+    pretrained_name_or_path='./checkpoints/pi0_base/model.safetensors',
+    name_mapping={
+        'llm_backbone': 'paligemma_with_expert.paligemma.model.language_model',
+        'vision_backbone.vision': 'paligemma_with_expert.paligemma.model.vision_tower',
+        'projector.projector': 'paligemma_with_expert.paligemma.model.multi_modal_projector.linear',
+        'llm_expert': 'paligemma_with_expert.gemma_expert.model',
+        'action_time_mlp_in.projector': 'action_time_mlp_in',
+        'action_time_mlp_out.projector': 'action_time_mlp_out',
+        'state_proj.projector': 'state_proj',
+        'action_in_proj.projector': 'action_in_proj',
+        'action_out_proj.projector': 'action_out_proj',
+        'llm_backbone.embed_tokens': 'paligemma_with_expert.paligemma.lm_head',
+    },
+    ori_action_dim=7)
+
+inference_model = model.copy()
+"""
+
+FILES = {
+    "published_pi0": PUBLISHED_PI0,
+    "base": BASE,
+    "gr00t": GR00T,
+    "pi0": PI0,
+    "pi05": PI05,
+    "openvla": OPENVLA,
+    "llava": LLAVA,
+}
 EXPECTED = {  # framework, head, length of a chunk
     "gr00t": ("LlavaVLA", "FlowMatching", 4),
     "pi0": ("PI0", None, 4),
@@ -243,8 +310,8 @@ def test_what_was_left_out_is_at_the_top_of_the_yaml(section, tmp_path, capsys):
 PROGRAMS = {
     "__import__('os').system('touch exploded')": "a call",
     "dict(type=__import__('os').system('touch exploded'))": "a call",
-    "[open('exploded', 'w') for _ in range(1)]": "a ListComp expression",
-    "f\"{__import__('os').system('touch exploded')}\"": "a JoinedStr expression",
+    "[open('exploded', 'w') for _ in range(1)]": "an expression of kind ListComp",
+    "f\"{__import__('os').system('touch exploded')}\"": "a call",
     "(lambda: open('exploded', 'w'))()": "a call",
     "().__class__.__base__.__subclasses__()": "a call",
     "exec": "a name that no line above assigns",
@@ -408,3 +475,34 @@ def test_a_mapping_survives_the_yaml(gr00t, tmp_path):
     (tmp_path / "config.py").write_text(f"model = {model!r}\n")
     main([str(tmp_path / "config.py"), "--out", str(tmp_path / "config.yaml")])
     assert load_config(tmp_path / "config.yaml").section("framework").to_dict() == from_fluxvla(model)
+
+
+# ---------------------------------------------------------------- π0 as FluxVLA's repository writes it
+
+
+def test_the_three_components_of_paligemma_are_one_backbone(section):
+    found = section("published_pi0")
+    assert found["vlm"] == {"base_vlm": "google/paligemma-3b-pt-224"}
+    assert (found["action_horizon"], found["max_action_dim"], found["max_state_dim"]) == (50, 8, 8)
+    sizes = {key: found["action_model"][key] for key in ("hidden_size", "intermediate_size", "num_heads")}
+    assert sizes == {"hidden_size": 1024, "intermediate_size": 4096, "num_heads": 8}
+
+
+def test_the_mapping_of_published_pi0_loads_openpi_weights(section, published, vlms, tmp_path, capsys):
+    """The same keys at the sizes of a tiny PaliGemma."""
+    weights = published.drawn(published.openpi_shapes(vlms["paligemma"], pi05=False))
+    embedding = weights.pop(f"{published.PALIGEMMA}.model.language_model.embed_tokens.weight")
+    weights[f"{published.PALIGEMMA}.lm_head.weight"] = (
+        embedding  # one of two tied names, as in the public file
+    )
+    del weights[f"{published.EXPERT}.lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    found = section("published_pi0")
+    found |= {"pretrained_name_or_path": str(tmp_path / "model.safetensors"), "strict_mapping": True}
+    found.pop("inference_model")
+    found["vlm"]["base_vlm"] = str(vlms["paligemma"])
+    found["action_model"] |= {"hidden_size": 16, "intermediate_size": 24, "num_heads": 4}
+    framework = build_framework(found, action_dim=7, state_dim=8)
+    count = len(framework.state_dict())
+    assert f"loaded {count} of the model's {count} tensors" in capsys.readouterr().out
+    assert torch.equal(framework.vlm.model.get_input_embeddings().weight, embedding)

@@ -55,7 +55,7 @@ class GR00T(Framework):
 
     reads = "last"
     default_head = "FlowMatching"
-    renamed_parameters = {"eyes": "vision_encoder", "eyes_out": "vision_projection"}  # since version 0.1
+    renamed_parameters = {"eyes": "vision_encoder", "eyes_out": "vision_projection"}  # of version 0.1
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ from vla_bench.models.layers.expert import (
     block_mask,
     rope_cos_sin,
 )
+from ..layers.transformer import check_state
 from ...registry import HEADS
 
 # %% ../../../nbs/models/heads/90_action_expert.ipynb #8f25fbf0
@@ -167,10 +168,7 @@ def state_token(
     """The block between prefix and actions. Raises `ValueError` for a state of another size."""
     if self.state_proj is None:
         return self.action_in_proj.weight.new_zeros(batch, 0, self.action_in_proj.out_features)
-    if state is None or tuple(state.shape) != (batch, self.state_dim):
-        found = "none" if state is None else list(state.shape)
-        raise ValueError(f"this head reads a state of {self.state_dim} numbers per sample, got {found}")
-    return self.state_proj(state)[:, None]
+    return self.state_proj(check_state(state, batch, self.state_dim))[:, None]
 
 # %% ../../../nbs/models/heads/90_action_expert.ipynb #7c7ab936
 @patch
@@ -195,14 +193,12 @@ def velocity(
 # %% ../../../nbs/models/heads/90_action_expert.ipynb #c7067b6d
 @patch
 def loss(
-    self: ActionExpertHead,
-    features: Features,
-    actions: Tensor,
-    is_pad: Tensor,
-    noise: Tensor | None = None,  # [R·B, T, D], x_1; repeats lie behind each other
-    time: Tensor | None = None,  # [R·B], 1 is noise
+    self: ActionExpertHead, features: Features, actions: Tensor, is_pad: Tensor, noise=None, time=None
 ) -> dict[str, Tensor]:
-    """`action_loss`: the squared error of the velocity over actions that are not padding."""
+    """`action_loss`: the squared error of the velocity over actions that are not padding.
+
+    `noise` is [R·B, T, D], x_1; repeats lie behind each other. `time` is [R·B], 1 is noise.
+    """
     self.check_actions(actions, is_pad)
     r, state = self.repeats, features.state
     prefix, actions = self.prefix_cache(features).repeated(r), actions.float().repeat(r, 1, 1)
@@ -213,12 +209,7 @@ def loss(
 
 # %% ../../../nbs/models/heads/90_action_expert.ipynb #54738911
 @patch
-def draw_noise(
-    self: ActionExpertHead,
-    batch: int,
-    generator: torch.Generator | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:  # [B, T, D]
+def draw_noise(self: ActionExpertHead, batch: int, generator=None, device="cpu") -> Tensor:  # [B, T, D]
     """Gaussian noise, x_1."""
     return gaussian_noise((batch, self.horizon, self.action_dim), generator, device)
 
@@ -254,20 +245,17 @@ def denoise(
 
 
 @patch
-def sample(
-    self: ActionExpertHead,
-    features: Features,
-    noise: Tensor | None = None,  # [B, T, D], x_1
-) -> Tensor:
-    """Normalised actions [B, T, D] after N Euler steps from noise."""
+def sample(self: ActionExpertHead, features: Features, noise: Tensor | None = None) -> Tensor:
+    """Normalised actions [B, T, D] after N Euler steps from noise.
+
+    `noise` is [B, T, D], x_1.
+    """
     return self.denoise(features, noise)[0]
 
 # %% ../../../nbs/models/heads/90_action_expert.ipynb #dca956ef
 @patch
 def attention(
-    self: ActionExpertHead,
-    features: Features,
-    noise: Tensor | None = None,
+    self: ActionExpertHead, features: Features, noise: Tensor | None = None
 ) -> Tensor:  # [B, L], sums to one per sample
     """Where in the prompt the actions look: mean over heads, layers, actions and Euler steps, as shares."""
     looks = torch.stack(self.denoise(features, noise, maps=True)[1]).mean(0)

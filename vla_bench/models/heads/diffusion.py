@@ -145,7 +145,7 @@ def check_steps(
         )
 
 # %% ../../../nbs/models/heads/70_diffusion.ipynb #5204d3bb
-SAMPLERS = {"ddim": 10, "ddpm": None}  # and how many steps each takes unless told; None for all
+SAMPLERS = {"ddim": 10, "ddpm": None}  # and how many steps each takes by default; None for all
 
 
 def count_steps(
@@ -213,14 +213,12 @@ def zero_unused(self: DiffusionHead, actions: Tensor) -> Tensor:  # [..., D]
 # %% ../../../nbs/models/heads/70_diffusion.ipynb #d629858f
 @patch
 def loss(
-    self: DiffusionHead,
-    features: Features,
-    actions: Tensor,
-    is_pad: Tensor,
-    noise: Tensor | None = None,  # [R·B, T, D], R = repeated_diffusion_steps; repeats behind each other
-    time: Tensor | None = None,  # long [R·B], the steps k, 0 … N-1
+    self: DiffusionHead, features: Features, actions: Tensor, is_pad: Tensor, noise=None, time=None
 ) -> dict[str, Tensor]:
-    """`action_loss`: the squared error of the chunk (or noise) over actions that are not padding."""
+    """`action_loss`: the squared error of the chunk (or noise) over actions that are not padding.
+
+    `noise` is [R·B, T, D], R = repeated_diffusion_steps; repeats behind each other. `time` is long [R·B], the steps k, 0 … N-1.
+    """
     self.check_actions(actions, is_pad)
     if self.clip is not None:
         check_range(actions[~is_pad][:, : self.valid_action_dim], self.clip)
@@ -238,10 +236,7 @@ def loss(
 # %% ../../../nbs/models/heads/70_diffusion.ipynb #38605315
 @patch
 def draw_noise(
-    self: DiffusionHead,
-    batch: int,
-    generator: torch.Generator | None = None,
-    device: torch.device | str = "cpu",
+    self: DiffusionHead, batch: int, generator=None, device="cpu"
 ) -> Tensor:  # [B, T, D], or with ddpm [B, K, T, D]
     """Gaussian noise: where sampling starts, and with ddpm that of every step but the last."""
     draws = self.steps if self.sampler == "ddpm" else 1
@@ -295,21 +290,17 @@ def denoise(
 
 # %% ../../../nbs/models/heads/70_diffusion.ipynb #125ab590
 @patch
-def sample(
-    self: DiffusionHead,
-    features: Features,
-    noise: Tensor
-    | None = None,  # [B, T, D], x_N; or with ddpm [B, K, T, D], x_N and each step's but the last
-) -> Tensor:
-    """Normalised actions [B, T, D] after K steps from noise; 0 in dimensions that the robot does not have."""
+def sample(self: DiffusionHead, features: Features, noise: Tensor | None = None) -> Tensor:
+    """Normalised actions [B, T, D] after K steps from noise; 0 in dimensions that the robot does not have.
+
+    `noise` is [B, T, D], x_N; or with ddpm [B, K, T, D], x_N and each step's but the last.
+    """
     return self.denoise(features, noise)[0]
 
 
 @patch
 def attention(
-    self: DiffusionHead,
-    features: Features,
-    noise: Tensor | None = None,
+    self: DiffusionHead, features: Features, noise: Tensor | None = None
 ) -> Tensor:  # [B, L], sums to one per sample
     """Where the action tokens look: cross-attention, mean over heads, blocks, actions and steps."""
     return torch.stack(self.denoise(features, noise, maps=True)[1]).mean(0)

@@ -229,14 +229,12 @@ def present(self: DiscreteDiffusionHead, device: torch.device | str = "cpu") -> 
 # %% ../../../nbs/models/heads/80_discrete_diffusion.ipynb #3bdf3935
 @patch
 def loss(
-    self: DiscreteDiffusionHead,
-    features: Features,
-    actions: Tensor,
-    is_pad: Tensor,
-    noise: Tensor | None = None,  # [R·B, T·D], uniform in [0, 1); R = repeated_diffusion_steps
-    time: Tensor | None = None,  # [R·B], u in [0, 1]; repeats of the batch lie behind each other
+    self: DiscreteDiffusionHead, features: Features, actions: Tensor, is_pad: Tensor, noise=None, time=None
 ) -> dict[str, Tensor]:
-    """`action_loss`: the cross-entropy of hidden tokens of actions that are not padding."""
+    """`action_loss`: the cross-entropy of hidden tokens of actions that are not padding.
+
+    `noise` is [R·B, T·D], uniform in [0, 1); R = repeated_diffusion_steps. `time` is [R·B], u in [0, 1]; repeats of the batch lie behind each other.
+    """
     self.check_actions(actions, is_pad)
     if self.outside == "error":
         self.bins.check(actions[~is_pad][:, : self.valid_action_dim])
@@ -256,10 +254,7 @@ def loss(
 # %% ../../../nbs/models/heads/80_discrete_diffusion.ipynb #3a091d1f
 @patch
 def draw_noise(
-    self: DiscreteDiffusionHead,
-    batch: int,
-    generator: torch.Generator | None = None,
-    device: torch.device | str = "cpu",
+    self: DiscreteDiffusionHead, batch: int, generator=None, device="cpu"
 ) -> Tensor:  # [B, K, 2, T·D]
     """Uniform numbers: per round, for the guesses and their order."""
     return uniform_noise("noise", None, (batch, self.rounds, 2, self.num_tokens), generator, device)
@@ -290,13 +285,11 @@ def decode(
 
 # %% ../../../nbs/models/heads/80_discrete_diffusion.ipynb #93625dfb
 @patch
-def sample(
-    self: DiscreteDiffusionHead,
-    features: Features,
-    noise: Tensor
-    | None = None,  # [B, K, 2, T·D] uniform in [0, 1): per round, for the guesses and their order
-) -> Tensor:
-    """Normalised actions [B, T, D] after K rounds; 0 in dimensions that the robot does not have."""
+def sample(self: DiscreteDiffusionHead, features: Features, noise: Tensor | None = None) -> Tensor:
+    """Normalised actions [B, T, D] after K rounds; 0 in dimensions that the robot does not have.
+
+    `noise` is [B, K, 2, T·D] uniform in [0, 1): per round, for the guesses and their order.
+    """
     tokens, _ = self.decode(features, noise)
     actions = self.bins.decode(tokens).masked_fill(~self.present(tokens.device), 0.0)
     return actions.unflatten(1, (self.horizon, -1))
@@ -304,9 +297,7 @@ def sample(
 
 @patch
 def attention(
-    self: DiscreteDiffusionHead,
-    features: Features,
-    noise: Tensor | None = None,
+    self: DiscreteDiffusionHead, features: Features, noise: Tensor | None = None
 ) -> Tensor:  # [B, L], sums to one per sample
     """Where the action tokens look: cross-attention, mean over heads, blocks, tokens and rounds."""
     return torch.stack(self.decode(features, noise, maps=True)[1]).mean(0)

@@ -47,7 +47,7 @@ def sample_time_gr00t(
     """Training times t = (s - Beta(1.5, 1)) / s, clamped at 0 (GR00T N1, §2)."""
     return ((TIME_SCALE - sample_beta(count, device)) / TIME_SCALE).clamp(min=0.0)
 
-
+# %% ../../../nbs/models/heads/35_flow.ipynb #flow0023
 def sample_time_pi0(
     count: int,
     device: torch.device | str = "cpu",
@@ -78,7 +78,7 @@ def noise_and_time(
     time = sample_time(count, device) if time is None else check_shape("time", time, (count,), why)
     return noise, time
 
-
+# %% ../../../nbs/models/heads/35_flow.ipynb #flow0035
 def initial_noise(
     head: ActionHead,
     noise: Tensor | None,  # None: drawn by the head

@@ -33,7 +33,7 @@ class StepCache:
     time: Tensor  # [1, W], embedded, for the output layer
     modulations: list[Tensor]  # per block, scale and shift [1, 2W]
 
-
+# %% ../../../nbs/models/heads/45_flow_inference.ipynb #flin0012
 def make_schedule(
     head: DiTFlowHead,
     times: Sequence[float],
@@ -65,12 +65,7 @@ class CachedFlowSampler(DiTFlowHead):
     trained_as = ""  # the head to train instead
 
     def loss(
-        self,
-        features: Features,
-        actions: Tensor,
-        is_pad: Tensor,
-        noise: Tensor | None = None,
-        time: Tensor | None = None,
+        self, features: Features, actions: Tensor, is_pad: Tensor, noise=None, time=None
     ) -> dict[str, Tensor]:
         """Always raises `ValueError`: this head samples."""
         raise ValueError(
@@ -94,7 +89,7 @@ def cached_velocity(
         tokens, _ = block.run(tokens, modulation, known, None if known is None else encoded.mask)
     return self.decode_velocity(self.dit.output_layer(tokens[:, -self.horizon :], step.time), encoded)
 
-
+# %% ../../../nbs/models/heads/45_flow_inference.ipynb #flin0011
 @patch
 def denoise(self: CachedFlowSampler, x: Tensor, encoded: Features) -> Tensor:
     """From x_0 to x_1 over one schedule and one cache."""

@@ -142,7 +142,7 @@ def attention(
     """Where in the prompt the actions look. Only for heads with `offers_attention`."""
     raise NotImplementedError
 
-
+# %% ../../../nbs/models/heads/00_head.ipynb #head0025
 @patch
 def layer_classes(self: ActionHead) -> set[type[nn.Module]]:
     """The repeated blocks, for sharding (FSDP); none for a small head."""

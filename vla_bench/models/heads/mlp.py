@@ -98,12 +98,7 @@ def sample(self: MLPHead, features: Features, noise: Tensor | None = None) -> Te
 # %% ../../../nbs/models/heads/10_mlp.ipynb #ed32d4ce
 @patch
 def loss(
-    self: MLPHead,
-    features: Features,
-    actions: Tensor,
-    is_pad: Tensor,
-    noise: Tensor | None = None,
-    time: Tensor | None = None,
+    self: MLPHead, features: Features, actions: Tensor, is_pad: Tensor, noise=None, time=None
 ) -> dict[str, Tensor]:
     """`action_loss`: the mean absolute error over actions that are not padding."""
     self.check_actions(actions, is_pad)

@@ -69,12 +69,7 @@ def sample(self: TransformerHead, features: Features, noise: Tensor | None = Non
 # %% ../../../nbs/models/heads/60_transformer.ipynb #0dd1505a
 @patch
 def loss(
-    self: TransformerHead,
-    features: Features,
-    actions: Tensor,
-    is_pad: Tensor,
-    noise: Tensor | None = None,
-    time: Tensor | None = None,
+    self: TransformerHead, features: Features, actions: Tensor, is_pad: Tensor, noise=None, time=None
 ) -> dict[str, Tensor]:
     """`action_loss`: the squared or absolute error over actions that are not padding."""
     self.check_actions(actions, is_pad)

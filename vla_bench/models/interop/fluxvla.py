@@ -6,9 +6,9 @@ Docs: https://vla-bench.github.io/vla_bench/models/interop/fluxvla.html.md"""
 
 # %% auto #0
 __all__ = ['Table', 'FLOW_TABLE', 'TRANSFORMER_TABLE', 'BINS_TABLE', 'HUB', 'VLM_TABLE', 'LLM_TABLE', 'PROJECTOR_TABLE',
-           'VISION_ENCODERS', 'VISION_TABLE', 'EXPERT_TABLE', 'MODEL_TABLE', 'COMPONENTS', 'TYPES', 'HEAD_TABLES',
-           'HEAD_DEFAULTS', 'MODULES', 'MODULES_OF_TYPE', 'OPERATORS', 'NEEDED', 'IgnoredKey', 'Translation',
-           'rows_behind', 'on_hub', 'published_encoders', 'type_of', 'defaults', 'mapping_of_eagle',
+           'VISION_ENCODERS', 'VISION_TABLE', 'EXPERT_TABLE', 'MODEL_TABLE', 'COMPONENTS', 'PALIGEMMA_COMPONENTS',
+           'TYPES', 'HEAD_TABLES', 'HEAD_DEFAULTS', 'MODULES', 'MODULES_OF_TYPE', 'OPERATORS', 'NEEDED', 'IgnoredKey',
+           'Translation', 'rows_behind', 'on_hub', 'published_encoders', 'type_of', 'defaults', 'mapping_of_eagle',
            'mapping_of_flow_head', 'mapping_of_expert', 'translate_mapping', 'framework_and_head', 'translate',
            'translate_both', 'from_fluxvla', 'remarks', 'not_data', 'compute', 'evaluate_dict', 'evaluate', 'merge',
            'parse_file', 'read_assignments', 'read_fluxvla_config', 'to_yaml', 'main']
@@ -18,6 +18,7 @@ import argparse
 import ast
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,8 @@ FLOW_TABLE: Table = {
     "backbone_embedding_dim": IgnoredKey(_BACKBONE),
     "max_num_embodiments": IgnoredKey(_ROBOTS),
     "max_input_seq_len": IgnoredKey("any length is read"),
+    "noise_beta_alpha": IgnoredKey("it is always 1.5 here", (1.5,)),
+    "noise_beta_beta": IgnoredKey("it is always 1.0 here", (1.0,)),
 }
 
 # %% ../../../nbs/models/interop/30_fluxvla.ipynb #d7bbc03e
@@ -233,8 +236,10 @@ VLM_TABLE: Table = {
     "vlm_backbone_id": lambda name: {"vlm.base_vlm": on_hub(name)},
     "vlm_path": "vlm.base_vlm",
     "vlm_config": IgnoredKey(_OWN_SIZES, warn=True),
-    "dtype": "vlm.dtype",
+    "dtype": lambda name: {"vlm.dtype": {"bf16": "bfloat16", "fp32": "float32"}.get(name, name)},
     "attn_implementation": "vlm.attn_implementation",
+    "tune_llm": IgnoredKey("freeze_vlm_backbone decides it", warn=True),
+    "tune_visual": IgnoredKey("freeze_vlm_backbone decides it", warn=True),
     "select_layer": IgnoredKey(
         "save a shortened backbone with compose_eagle(select_layer=…), give its path, and leave the key out",
         (-1,),
@@ -287,24 +292,44 @@ VISION_TABLE: Table = {
     "vision_path": "vlm.vision_backbone.path",
 }
 
+# %% ../../../nbs/models/interop/30_fluxvla.ipynb #6e7c5e5c
+_GEMMA: dict[str, IgnoredKey] = {
+    key: IgnoredKey(f"it is always {value!r} here", (value,))
+    for key, value in {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "model_type": "gemma",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+    }.items()
+}
+_UNUSED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings")
+_UNUSED += ("torch_dtype", "transformers_version", "use_cache")
+_GEMMA |= dict.fromkeys(_UNUSED, IgnoredKey("no weight and no number depends on it"))
+_GEMMA |= dict.fromkeys(("use_adarms", "adarms_cond_dim"), IgnoredKey("the framework decides it"))
+
 # %% ../../../nbs/models/interop/30_fluxvla.ipynb #777a0c95
+_EXPERT = {
+    "intermediate_size": "action_model.intermediate_size",
+    "num_attention_heads": "action_model.num_heads",
+    "hidden_size": "action_model.hidden_size",
+}
+_JOINED = {
+    key: IgnoredKey("as in the backbone, whose attention it joins", warn=True)
+    for key in ("num_hidden_layers", "num_key_value_heads", "head_dim")
+}
 EXPERT_TABLE: Table = {
     "llm_backbone_id": IgnoredKey(
         "the expert is no published model; proj_width and llm_config are its sizes"
     ),
     "llm_max_length": IgnoredKey(_LENGTH),
-    "llm_config": _inside(
-        "llm_config",
-        {
-            "intermediate_size": "action_model.intermediate_size",
-            "num_attention_heads": "action_model.num_heads",
-            "hidden_size": "action_model.hidden_size",
-        },
-        {
-            key: IgnoredKey("as in the backbone, whose attention it joins", warn=True)
-            for key in ("num_hidden_layers", "num_key_value_heads", "head_dim")
-        },
-    ),
+    "llm_config": _inside("llm_config", _EXPERT, _JOINED),
+    **_EXPERT,
+    **_JOINED,
+    **_GEMMA,
+    "vocab_size": IgnoredKey("the expert generates no tokens"),
 }
 
 
@@ -346,6 +371,7 @@ MODEL_TABLE: Table = {
     "norm_stats": IgnoredKey("statistics are the policy's"),
     "ignore_index": IgnoredKey("the action loss reads no labels"),
     "vision_backbone_fp32": IgnoredKey("weights are float32; vlm.dtype is for all of them"),
+    "params_to_change_dtype": IgnoredKey("weights are float32; vlm.dtype is for all of them"),
     "freeze_llm_expert": IgnoredKey("FluxVLA stores it and never applies it; use freeze_vla_head"),
 }
 
@@ -357,6 +383,36 @@ COMPONENTS: dict[str, tuple[Registry, Table]] = {
     "projector": (PROJECTORS, PROJECTOR_TABLE),
     "llm_expert": (LLM_BACKBONES, EXPERT_TABLE),
 }
+
+# %% ../../../nbs/models/interop/30_fluxvla.ipynb #73fe012d
+def _published(sizes: Mapping[str, Any]) -> dict[str, IgnoredKey]:
+    """Sizes of PaliGemma, of which every other value is refused."""
+    return {key: IgnoredKey(f"it is {value!r} in PaliGemma", (value,)) for key, value in sizes.items()}
+
+
+_GEMMA_SIZES = {"hidden_size": 2048, "intermediate_size": 16_384, "num_hidden_layers": 18, "head_dim": 256}
+_GEMMA_SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 1, "vocab_size": 257_152}
+_SIGLIP_SIZES = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "patch_size": 14}
+_SIGLIP_SIZES |= {"num_attention_heads": 16, "num_channels": 3, "image_size": 224, "projection_dim": 2048}
+_SIGLIP_SIZES |= {"layer_norm_eps": 1e-6, "model_type": "siglip_vision_model", "vision_use_head": False}
+_SIGLIP_SIZES |= {"hidden_act": "gelu_pytorch_tanh", "attention_dropout": 0.0}
+_SIGLIP_UNUSED = dict.fromkeys(
+    ("projector_hidden_act", "torch_dtype"), "no weight and no number depends on it"
+)
+
+PALIGEMMA_COMPONENTS: dict[str, tuple[Registry, Table]] = {
+    **COMPONENTS,
+    "llm_backbone": (LLM_BACKBONES, {**_GEMMA, **_published(_GEMMA_SIZES)}),
+    "vision_backbone": (
+        VISION_BACKBONES,
+        {
+            "vision_backbone_id": IgnoredKey("it is PaliGemma's", ("siglip_224",)),
+            "vision_config": _inside("vision_config", {}, {**_published(_SIGLIP_SIZES), **_SIGLIP_UNUSED}),
+        },
+    ),
+}
+
+# %% ../../../nbs/models/interop/30_fluxvla.ipynb #c4fdc4fb
 TYPES = {  # FluxVLA's classes that differ from a component of ours in speed or in name alone
     "EagleInferenceBackbone": "Eagle",
     "QWen2_5VL": "QwenVL",
@@ -445,6 +501,15 @@ def mapping_of_expert(theirs: str) -> dict[str, Any]:
     return {f"action_model.{part}": f"{theirs}.model.{part}" for part in ("layers", "norm")}
 
 
+_PROJECTIONS = (
+    "state_proj",
+    "action_in_proj",
+    "action_out_proj",
+    "action_time_mlp_in",
+    "action_time_mlp_out",
+)
+_PROJECTIONS += ("time_mlp_in", "time_mlp_out")
+
 MODULES: dict[str, Callable[[str], dict[str, Any]]] = {  # FluxVLA's modules
     "vlm_backbone.vlm": lambda theirs: {"vlm.model": theirs},
     "vlm_backbone": lambda theirs: {"vlm.model": f"{theirs}.vlm"},
@@ -452,6 +517,16 @@ MODULES: dict[str, Callable[[str], dict[str, Any]]] = {  # FluxVLA's modules
     "llm_expert.llm": mapping_of_expert,
     "llm_backbone.llm.model": lambda theirs: {"vlm.model.model.language_model": theirs},
     "projector": lambda theirs: {"vlm.model.model.projector": theirs},
+    # of PaliGemma's three components
+    "llm_backbone": lambda theirs: {"vlm.model.model.language_model": theirs},
+    "llm_backbone.embed_tokens": lambda theirs: {"vlm.model.lm_head": theirs},  # tied, so either name will do
+    "vision_backbone.vision": lambda theirs: {"vlm.model.model.vision_tower": f"{theirs}.vision_model"},
+    "projector.projector": lambda theirs: {"vlm.model.model.multi_modal_projector.linear": theirs},
+    "llm_expert": lambda theirs: {f"action_model.{n}": f"{theirs}.{n}" for n in ("layers", "norm")},
+    **{
+        f"{name}.projector": lambda theirs, name=name: {f"action_model.{name}": theirs}
+        for name in _PROJECTIONS
+    },
 }
 # modules whose inside has other names here, by their type
 MODULES_OF_TYPE: dict[tuple[str, str], Callable[[str], dict[str, Any]]] = {
@@ -502,11 +577,17 @@ def translate(model: Mapping[str, Any]) -> tuple[dict[str, Any], Translation]:
     mapping = given.pop("name_mapping", None)
     found = Translation(defaults(name, kind, model))
     found.read("model", given, MODEL_TABLE)
+    apart = [part for part in ("vision_backbone", "llm_backbone", "projector") if part in components]
+    paligemma = bool(apart) and name in _EXPERTS
+    if paligemma:
+        found.values["vlm.base_vlm"] = HUB["paligemma_3b_pt_224"]
+        found.remarks.append(f"{', '.join(apart)} are those of {HUB['paligemma_3b_pt_224']}")
     for part, section in components.items():
-        registry, table = (HEADS, HEAD_TABLES[kind]) if part == "vla_head" else COMPONENTS[part]
+        table = (PALIGEMMA_COMPONENTS if paligemma else COMPONENTS).get(part)
+        registry, table = table or (HEADS, HEAD_TABLES[kind])
         type_of(part, section, registry)
         found.read(part, section, table)
-        if part in ("vision_backbone", "llm_backbone", "projector"):
+        if part in apart and not paligemma:
             found.values[f"vlm.{part}.type"] = section["type"]
     if name in _EXPERTS and "llm_expert" not in components:
         found.remarks.append("llm_expert is missing: π0's own sizes are used")
@@ -528,7 +609,8 @@ def translate_both(
         return section, found
     other, _ = translate(inference_model)
     loading = ("pretrained_name_or_path", "name_mapping", "strict_mapping", "action_model")
-    differing = [k for k in {*section, *other} if k not in loading and section.get(k) != other.get(k)]
+    compared = [k for k in {*section, *other} if k not in loading and not k.startswith("freeze_")]
+    differing = [k for k in compared if section.get(k) != other.get(k)]
     if differing:
         raise RegistryError(
             f"inference_model may have another vla_head, not another {', '.join(sorted(differing))}"
@@ -558,7 +640,7 @@ def not_data(path: Path, node: ast.AST, found: str) -> ConfigError:
     short = text if len(text) <= 60 else f"{text[:57]}..."
     return ConfigError(
         f"{path}, line {node.lineno}: {found}: {short}; the file is read and never executed, so it may only "
-        "assign literals, lists, tuples, dicts, dict(...), numbers that are computed, and names from above"
+        "assign literals, lists, tuples, dicts, dict(...), sums and products, and names from above"
     )
 
 
@@ -572,12 +654,12 @@ OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 
 
 def compute(path: Path, node: ast.BinOp, left: Any, right: Any) -> float | list | tuple | str:
-    """A number from two numbers, or two texts, lists or tuples put together. Raises `ConfigError`."""
-    numbers = all(isinstance(value, int | float) for value in (left, right))
-    joined = (
-        isinstance(node.op, ast.Add) and type(left) is type(right) and isinstance(left, str | list | tuple)
-    )
-    if not (numbers and type(node.op) in OPERATORS or joined):
+    """A number from two numbers, texts or lists put together, a list repeated. Raises `ConfigError`."""
+    numbers = isinstance(left, int | float) and isinstance(right, int | float)
+    joined = type(left) is type(right) and isinstance(left, str | list | tuple)
+    repeated = isinstance(left, list | tuple) and isinstance(right, int) and len(left) * right <= 1000
+    sequences = joined and isinstance(node.op, ast.Add) or repeated and isinstance(node.op, ast.Mult)
+    if not (numbers and type(node.op) in OPERATORS or sequences):
         raise not_data(path, node, "arithmetic of this kind")
     try:
         return OPERATORS[type(node.op)](left, right)
@@ -618,6 +700,14 @@ def evaluate(
             return evaluate_dict(node, [(key and value(key), value(v)) for key, v in zip(keys, values)], path)
         case ast.Call(func=ast.Name(id="dict"), args=[], keywords=given) if "dict" not in names:
             return evaluate_dict(node, [(k.arg, value(k.value)) for k in given], path)
+        case ast.Call(func=ast.Attribute(ast.Name(name), "copy"), args=[], keywords=[]) if isinstance(
+            names.get(name), dict | list
+        ):
+            return deepcopy(names[name])
+        case ast.JoinedStr(values=items):
+            return "".join(str(value(i)) for i in items)
+        case ast.FormattedValue(value=inner, conversion=-1, format_spec=None):
+            return value(inner)
         case ast.BinOp(left=left, right=right):
             return compute(path, node, value(left), value(right))
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
@@ -626,7 +716,7 @@ def evaluate(
             raise not_data(path, node, "a name that no line above assigns")
         case ast.Call():
             raise not_data(path, node, "a call")
-    raise not_data(path, node, f"a {type(node).__name__} expression")
+    raise not_data(path, node, f"an expression of kind {type(node).__name__}")
 
 # %% ../../../nbs/models/interop/30_fluxvla.ipynb #44bde570
 def merge(
@@ -640,12 +730,12 @@ def merge(
         if not isinstance(value, dict):
             merged[key] = value
         elif value.get("_delete_") or merged.get(key) is None:
-            merged[key] = merge({}, {k: v for k, v in value.items() if k != "_delete_"}, f"{where}.{key}")
+            merged[key] = merge({}, {k: v for k, v in value.items() if k != "_delete_"}, f"{where}{key}.")
         elif isinstance(merged[key], dict):
             rest = {k: v for k, v in value.items() if k != "_delete_"}
-            merged[key] = merge(merged[key], rest, f"{where}.{key}")
+            merged[key] = merge(merged[key], rest, f"{where}{key}.")
         else:
-            raise ConfigError(f"{where}.{key} is a dict, and {merged[key]!r} in its base; add _delete_=True")
+            raise ConfigError(f"{where}{key} is a dict, and {merged[key]!r} in its base; add _delete_=True")
     return merged
 
 # %% ../../../nbs/models/interop/30_fluxvla.ipynb #67993442
@@ -704,7 +794,7 @@ def read_fluxvla_config(
         if twice := sorted(merged.keys() & found.keys()):
             raise ConfigError(f"{path}: two of its bases assign {twice[0]!r}")
         merged |= found
-    return merge(merged, own, str(path))
+    return merge(merged, own, f"{path}: ")
 
 # %% ../../../nbs/models/interop/30_fluxvla.ipynb #dc998bf5
 def to_yaml(
@@ -718,14 +808,14 @@ def to_yaml(
     rest = [key for key in config if key not in ("model", "inference_model")]
     notes = [f"{', '.join(rest)}: not of the model, so left out"] if rest else []
     notes = [*found.remarks, *notes]
-    yaml = OmegaConf.to_yaml(OmegaConf.create({"framework": section}))
-    if "${" in yaml:
+    if "${" in repr(section):
         raise ConfigError(f"{path}: a text contains '${{', which would be a reference in YAML")
+    yaml = OmegaConf.to_yaml(OmegaConf.create({"framework": section}))
     head = [f"Translated from FluxVLA's {Path(path).name}.", *notes, NEEDED]
     return "".join(f"# {line}\n" for line in head) + yaml, notes
 
 
-NEEDED = "Training also needs run_root_dir, run_id and the sections datasets and trainer."
+NEEDED = "Training also needs run_root_dir, run_id, datasets.vla_data.root and trainer.max_train_steps."
 
 # %% ../../../nbs/models/interop/30_fluxvla.ipynb #bdfac2c1
 def main(argv: Sequence[str] | None = None) -> None:

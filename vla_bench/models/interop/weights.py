@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...files import read_json
+from ..backbones.checkpoint_files import REMEDY, file_damage, shortlist
 from ...registry import check_arguments, suggest
 
 # %% ../../../nbs/models/interop/00_weights.ipynb #78ceadd2
@@ -58,13 +58,12 @@ def fetch(
 
 # %% ../../../nbs/models/interop/00_weights.ipynb #dfb3bc27
 def _read_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged, perhaps not downloaded to its end: {error}") from error
-    if path.suffix not in (".pt", ".pth", ".bin"):
+    if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
         raise ValueError(f"{path} is no weights file; expected .safetensors, .pt, .pth or .bin")
+    if damage := file_damage(path):
+        raise ValueError(f"{path} is damaged: it {damage}; {REMEDY}")
+    if path.suffix == ".safetensors":
+        return load_file(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
@@ -107,7 +106,7 @@ def _read_indexed(index: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{index} lists {len(files)} files; not there: {', '.join(gone)}")
     weights = _merge(files)
     if gone := sorted(listed.keys() - weights.keys()):
-        raise ValueError(f"{index} lists tensors that its files do not hold: {_some(gone)}")
+        raise ValueError(f"{index} lists tensors that its files do not hold: {shortlist(gone, 3)}")
     return weights
 
 
@@ -129,15 +128,10 @@ def _merge(files: Sequence[Path]) -> dict[str, Tensor]:
         shard = _read_file(file)
         if twice := sorted(weights.keys() & shard.keys()):
             raise ValueError(
-                f"{file} repeats {_some(twice)} of another file in its folder; name one file, not the folder"
+                f"{file} repeats {shortlist(twice, 3)} of another file in its folder; name one file, not the folder"
             )
         weights |= shard
     return weights
-
-
-def _some(names: Sequence[str], count: int = 3) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
 
 # %% ../../../nbs/models/interop/00_weights.ipynb #375a0b13
 def match_prefix(

@@ -56,7 +56,7 @@ class EmbodimentSequential(nn.Sequential):
             x = apply_layer(layer, x, embodiment)
         return x
 
-
+# %% ../../../nbs/models/layers/10_embodiment.ipynb #ment0013
 def embodiment_mlp(
     inputs: int,
     hidden: int,
