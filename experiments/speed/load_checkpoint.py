@@ -68,16 +68,18 @@ def peak() -> int:
 
 
 def measure(what: str, checkpoint: Path) -> None:
-    """Prints seconds, bytes of weights, and how far the process's peak memory rose, as JSON."""
-    before, begin = peak(), time.perf_counter()
+    """Prints seconds, seconds of the CPU, bytes of weights, and how far the process's peak memory rose, as JSON."""
+    before, begin, worked = peak(), time.perf_counter(), time.process_time()
     size = {"load": load, "copy": copy}[what](checkpoint)
-    seconds = time.perf_counter() - begin
-    print(json.dumps({"seconds": seconds, "weights": size, "peak": peak() - before}))
+    seconds, worked = time.perf_counter() - begin, time.process_time() - worked
+    print(json.dumps({"seconds": seconds, "cpu": worked, "weights": size, "peak": peak() - before}))
 
 
 def main() -> None:
     """Writes the checkpoint, measures both three times, and prints the best of each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--framework", choices=HEADS, default="OFT")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
@@ -93,7 +95,8 @@ def main() -> None:
             runs = [json.loads(subprocess.check_output(command).splitlines()[-1]) for _ in range(3)]
             best = min(runs, key=lambda run: run["seconds"])
             gib = best["weights"] / 2**30
-            print(f"{what}: {best['seconds']:.2f} s, {gib:.2f} GiB of weights, peak {best['peak'] / best['weights']:.2f} x")
+            times = f"{best['seconds']:.2f} s, {best['cpu']:.2f} of the CPU"
+            print(f"{what}: {times}; {gib:.2f} GiB of weights, peak {best['peak'] / best['weights']:.2f} x")
 
 
 if __name__ == "__main__":

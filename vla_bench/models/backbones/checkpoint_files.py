@@ -1,4 +1,4 @@
-"""What is wrong with a folder of weights, said in one line that names the file
+"""What is wrong with a folder of weights, in one line that names the file
 
 Docs: https://vla-bench.github.io/vla_bench/models/backbones/checkpoint_files.html.md"""
 

@@ -63,8 +63,8 @@ def check_loading(
 # %% ../../../nbs/models/backbones/16_loading.ipynb #load0008
 def check_missing(vlm: VLM, missing: list[str], path: str | Path) -> None:
     """Raises `ValueError` for missing weights that something reads; the others are remembered in `vlm.missing`."""
-    unread = {name for name, p in vlm.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    if needed := [name for name in missing if name not in unread]:
+    unused = {name for name, p in vlm.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    if needed := [name for name in missing if name not in unused]:
         total = len(vlm.model.state_dict())
         raise ValueError(
             f"{path} lacks {len(needed)} of {total} weights of {type(vlm.model).__name__}, which would be random: "
