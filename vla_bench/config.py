@@ -6,7 +6,7 @@ Docs: https://vla-bench.github.io/vla_bench/config.html.md"""
 
 # %% auto #0
 __all__ = ['Settings', 'KEY_ALIASES', 'MODULE_ALIASES', 'MODULE_LISTS', 'NAME_MAPPINGS', 'ConfigError', 'parse_overrides',
-           'canonical_key', 'canonical_modules', 'Config', 'load_config', 'cli_errors', 'parse_cli']
+           'canonical_key', 'canonical_modules', 'Config', 'read_yaml', 'load_config', 'cli_errors', 'parse_cli']
 
 # %% ../nbs/20_config.ipynb #ea2b0baf
 import argparse
@@ -210,6 +210,14 @@ class Config:
         shared = {"read": self._read, "overrides": self._overrides, "where": self._where}
         return Config(self._tree, prefix=prefix, **shared)
 
+    def __getattr__(self, key: str) -> Any:  # a module must not have a function of this name, so it stands here
+        if key.startswith("_"):
+            raise AttributeError(key)
+        try:
+            return self[key]
+        except ConfigError as error:
+            raise AttributeError(str(error)) from error
+
     def __repr__(self) -> str:
         node = self._node()
         return OmegaConf.to_yaml(node).rstrip() if isinstance(node, DictConfig) else "{}"
@@ -234,16 +242,6 @@ def __getitem__(self: Config, key: str) -> Any:
     if key not in self:
         raise ConfigError(f"{self._where} has no {self._key(key)!r}{suggest(key, self.keys())}")
     return self.get(key)
-
-
-@patch
-def __getattr__(self: Config, key: str) -> Any:
-    if key.startswith("_"):
-        raise AttributeError(key)
-    try:
-        return self[key]
-    except ConfigError as error:
-        raise AttributeError(str(error)) from error
 
 
 @patch
@@ -302,7 +300,10 @@ def save(self: Config, path: str | Path) -> None:
         temporary.write_text(OmegaConf.to_yaml(self._tree, resolve=True), encoding="utf-8")
 
 # %% ../nbs/20_config.ipynb #c180edd9
-def _read_yaml(source: str | Path) -> DictConfig:
+def read_yaml(
+    source: str | Path,  # a YAML file, or a run folder
+) -> DictConfig:
+    """The tree in a file. Raises `FileNotFoundError`, or `ConfigError` that names the file."""
     path = Path(source)
     path = path / "config.yaml" if path.is_dir() else path
     if not path.is_file():
@@ -311,7 +312,7 @@ def _read_yaml(source: str | Path) -> DictConfig:
     try:
         tree = OmegaConf.load(path)
     except Exception as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{path} must hold a mapping of keys to values")
     return tree
@@ -366,7 +367,7 @@ def load_config(
         OmegaConf.register_resolver("settings", get_setting)
     where = "configuration" if isinstance(source, Mapping) else str(source)
     tree = _canonical_tree(
-        OmegaConf.create(source) if isinstance(source, Mapping) else _read_yaml(source), where
+        OmegaConf.create(source) if isinstance(source, Mapping) else read_yaml(source), where
     )
     _canonical_framework(tree)
     spellings = {}

@@ -9,6 +9,7 @@ __all__ = ['Features', 'last_valid', 'BackboneSizes']
 
 # %% ../../nbs/models/00_features.ipynb #ures0002
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 

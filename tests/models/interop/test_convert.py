@@ -98,7 +98,7 @@ def stopped(capsys, words) -> str:
     [
         ("", "framework is missing"),
         ("[1]", "config.yaml holds a list"),
-        ("a: [1", "config.yaml cannot be read as YAML"),
+        ("a: [1", "config.yaml is not YAML"),
         ("framework: {qwenvl: {base_vlm: x}}", "framework.action_model is missing"),
         ("framework: {qwenvl: {base_vlm: x}, action_model: {}}", "framework.action_model has no length"),
         (

@@ -9,14 +9,16 @@ __all__ = ['CHATML', 'EagleConfig', 'EagleForConditionalGeneration', 'Eagle', 'c
 
 # %% ../../../nbs/models/backbones/46_eagle.ipynb #84c263d5
 from pathlib import Path
-from transformers import AutoConfig
-from transformers import AutoModelForImageTextToText
-from .prismatic import Prismatic
-from .prismatic import PrismaticConfig
-from .prismatic import PrismaticForConditionalGeneration
-from .prismatic import compose
-from ...registry import BACKBONES
-from ...registry import PROJECTORS
+
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from vla_bench.models.backbones.prismatic import (
+    Prismatic,
+    PrismaticConfig,
+    PrismaticForConditionalGeneration,
+    compose,
+)
+from ...registry import BACKBONES, PROJECTORS
 
 # %% ../../../nbs/models/backbones/46_eagle.ipynb #a28f4075
 CHATML = (

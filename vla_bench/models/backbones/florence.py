@@ -9,23 +9,17 @@ __all__ = ['FlorencePrepare', 'Florence2']
 
 # %% ../../../nbs/models/backbones/38_florence.ipynb #1a2591ab
 from typing import Any
+
 import torch
 from fastcore.basics import patch
 from PIL import Image
-from torch import Tensor
-from torch import nn
-from transformers import Cache
-from transformers import PreTrainedModel
-from transformers import ProcessorMixin
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutput
-from .image_tokens import SquareVLM
-from .image_tokens import place_images
-from .tokens import padding_order
-from .tokens import reorder
-from .tokens import restore_order
-from .tokens import visible_tokens
-from .vlm import VLMPrepare
-from .vlm import eager_text
+
+from .image_tokens import SquareVLM, place_images
+from .tokens import padding_order, reorder, restore_order, visible_tokens
+from .vlm import VLMPrepare, eager_text
 from ..features import Features
 from ...registry import BACKBONES
 

@@ -10,10 +10,9 @@ __all__ = ['Gemma3']
 # %% ../../../nbs/models/backbones/32_gemma3.ipynb #69d96ade
 import torch
 from torch import Tensor
-from .image_tokens import PackedVLM
-from .image_tokens import SquareVLM
-from .tokens import padding_order
-from .tokens import reorder
+
+from .image_tokens import PackedVLM, SquareVLM
+from .tokens import padding_order, reorder
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/32_gemma3.ipynb #aa8ff12a

@@ -9,13 +9,13 @@ __all__ = ['Idefics3']
 
 # %% ../../../nbs/models/backbones/36_idefics.ipynb #bdfc9d5a
 from pathlib import Path
+
 import transformers
 from torch import nn
-from transformers import AutoImageProcessor
-from transformers import ProcessorMixin
+from transformers import AutoImageProcessor, ProcessorMixin
+
 from .image_tokens import SquareVLM
-from .processor import load_processor
-from .processor import model_type
+from .processor import load_processor, model_type
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/36_idefics.ipynb #cc4ccc56

@@ -9,12 +9,13 @@ __all__ = ['KEPT', 'NestedPrepare', 'SquareVLM', 'place_images', 'PackedVLM']
 
 # %% ../../../nbs/models/backbones/12_image_tokens.ipynb #a1624e3a
 from typing import Any
+
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import Cache
-from .vlm import VLM
-from .vlm import VLMPrepare
+
+from .vlm import VLM, VLMPrepare
 
 # %% ../../../nbs/models/backbones/12_image_tokens.ipynb #ef852502
 KEPT = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask")

@@ -10,9 +10,8 @@ __all__ = ['InternVLPrepare', 'InternVL']
 # %% ../../../nbs/models/backbones/34_internvl.ipynb #30a72c9d
 from PIL import Image
 from torch import Tensor
-from .image_tokens import KEPT
-from .image_tokens import NestedPrepare
-from .image_tokens import SquareVLM
+
+from .image_tokens import KEPT, NestedPrepare, SquareVLM
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/34_internvl.ipynb #b74efb01

@@ -9,14 +9,12 @@ __all__ = ['PROMPT', 'add_tokens', 'LanguageModel', 'Llama', 'Gemma', 'Qwen2', '
 
 # %% ../../../nbs/models/backbones/42_llm.ipynb #35601c34
 from pathlib import Path
+
 import torch
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM
-from transformers import AutoTokenizer
-from .component_loading import load_component
-from .component_loading import component_config
-from .component_loading import quiet
-from .component_loading import shortened
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .component_loading import component_config, load_component, quiet, shortened
 from ...registry import LLM_BACKBONES
 
 # %% ../../../nbs/models/backbones/42_llm.ipynb #2d1612f9

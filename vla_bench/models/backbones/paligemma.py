@@ -11,9 +11,8 @@ __all__ = ['PaliGemmaPrepare', 'PaliGemma']
 import torch
 from PIL import Image
 from torch import Tensor
-from .vlm import VLM
-from .vlm import VLMPrepare
-from .vlm import next_token_loss
+
+from .vlm import VLM, VLMPrepare, next_token_loss
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/30_paligemma.ipynb #ebb3cd28

@@ -11,37 +11,33 @@ __all__ = ['PromptTemplate', 'PrismaticProcessor', 'PrismaticVisionConfig', 'Pri
 
 # %% ../../../nbs/models/backbones/44_prismatic.ipynb #d8f2a321
 import json
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
 import torch
 from PIL import Image
-from torch import Tensor
-from torch import nn
-from transformers import AutoConfig
-from transformers import AutoModel
-from transformers import AutoModelForImageTextToText
-from transformers import AutoTokenizer
-from transformers import Cache
-from transformers import GenerationMixin
-from transformers import PreTrainedConfig
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Cache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
+
 from .component_loading import check_one_way
 from .image_tokens import place_images
 from .llm import PROMPT
 from .vision import Pixels
-from .vlm import VLM
-from .vlm import VLMPrepare
-from ...registry import BACKBONES
-from ...registry import LLM_BACKBONES
-from ...registry import PROJECTORS
-from ...registry import VISION_BACKBONES
-from ...registry import Registry
+from .vlm import VLM, VLMPrepare
+from ...registry import BACKBONES, LLM_BACKBONES, PROJECTORS, VISION_BACKBONES, Registry
 
 # %% ../../../nbs/models/backbones/44_prismatic.ipynb #01b4b3db
 @dataclass(frozen=True)

@@ -15,16 +15,15 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
 import transformers
-from transformers import AutoImageProcessor
-from transformers import PreTrainedConfig
-from transformers import ProcessorMixin
+from transformers import AutoImageProcessor, PreTrainedConfig, ProcessorMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import logging
+
 from .checkpoint_files import check_files
-from ...registry import BACKBONES
-from ...registry import suggest
+from ...registry import BACKBONES, suggest
 
 # %% ../../../nbs/models/backbones/00_processor.ipynb #3a7227fa
 def image_only(

@@ -9,10 +9,11 @@ __all__ = ['QwenImages', 'QwenVL']
 
 # %% ../../../nbs/models/backbones/20_qwen.ipynb #f07b7288
 from typing import Any
+
 import torch
 from torch import Tensor
-from .vlm import VLM
-from .vlm import next_token_loss
+
+from .vlm import VLM, next_token_loss
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/20_qwen.ipynb #a2053c6b

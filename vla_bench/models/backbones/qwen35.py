@@ -10,6 +10,7 @@ __all__ = ['Qwen35']
 # %% ../../../nbs/models/backbones/22_qwen35.ipynb #7c9cd0db
 import torch
 from torch import Tensor
+
 from .image_tokens import PackedVLM
 from .qwen import QwenImages
 from ...registry import BACKBONES

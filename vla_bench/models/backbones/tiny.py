@@ -11,26 +11,18 @@ __all__ = ['CORPUS', 'ROPE', 'HALF', 'Built', 'QWEN_TOKENS', 'QWEN_TEMPLATE', 'G
 # %% ../../../nbs/models/backbones/90_tiny.ipynb #3cdc9c77
 import argparse
 import shutil
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 import torch
 import transformers
-from tokenizers import AddedToken
-from tokenizers import Tokenizer
-from tokenizers import decoders
-from tokenizers import models
-from tokenizers import pre_tokenizers
-from tokenizers import trainers
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerFast
-from transformers import ProcessorMixin
-from ...config import cli_errors
-from ...config import suggest
-from .processor import image_only
-from .processor import no_progress
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+
+from ...config import cli_errors, suggest
+from .processor import image_only, no_progress
 
 # %% ../../../nbs/models/backbones/90_tiny.ipynb #17e41258
 CORPUS = (

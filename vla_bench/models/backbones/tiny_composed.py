@@ -13,30 +13,19 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
 import torch
 import transformers
-from tokenizers import Tokenizer
-from tokenizers import decoders
-from tokenizers import models
-from tokenizers import pre_tokenizers
-from tokenizers import processors
-from tokenizers import trainers
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerFast
-from ...config import cli_errors
-from ...config import suggest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from ...config import cli_errors, suggest
 from .component_loading import quiet
-from .tiny import CORPUS
-from .tiny import QWEN_TOKENS
-from .tiny import ROPE
-from .tiny import Sizes
-from .tiny import train_tokenizer
-from .vision import HALF
-from .vision import IMAGENET
+from .tiny import CORPUS, QWEN_TOKENS, ROPE, Sizes, train_tokenizer
+from .vision import HALF, IMAGENET
 from ...registry import check_arguments
 
 # %% ../../../nbs/models/backbones/91_tiny_composed.ipynb #43022c76

@@ -10,8 +10,10 @@ __all__ = ['next_positions', 'visible_tokens', 'padding_order', 'reorder', 'rest
 # %% ../../../nbs/models/backbones/05_tokens.ipynb #kens0002
 from collections.abc import Callable
 from typing import Any
+
 import torch
 from torch import Tensor
+
 from ..features import last_valid
 
 # %% ../../../nbs/models/backbones/05_tokens.ipynb #c493810b

@@ -10,26 +10,19 @@ __all__ = ['IMAGENET', 'HALF', 'Pixels', 'declared_normalisation', 'tower_config
 
 # %% ../../../nbs/models/backbones/40_vision.ipynb #676ab6ce
 import json
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-from torch import nn
-from transformers import AutoConfig
-from transformers import AutoModel
-from transformers import PreTrainedConfig
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
-from .component_loading import load_component
-from .component_loading import component_config
-from .component_loading import quiet
-from .component_loading import shortened
+
+from .component_loading import component_config, load_component, quiet, shortened
 from ...registry import VISION_BACKBONES
 
 # %% ../../../nbs/models/backbones/40_vision.ipynb #14e4e078

@@ -9,21 +9,17 @@ __all__ = ['FILLED', 'DRAWN', 'DTYPES', 'is_without_init', 'without_init', 'read
 
 # %% ../../../nbs/models/backbones/02_weights_file.ipynb #wfil0002
 import threading
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
 import torch
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
-from .checkpoint_files import REMEDY
-from .checkpoint_files import file_damage
-from .checkpoint_files import shortlist
-from .checkpoint_files import weights_header
+
+from .checkpoint_files import REMEDY, file_damage, shortlist, weights_header
 
 # %% ../../../nbs/models/backbones/02_weights_file.ipynb #load0021
 FILLED = {  # they draw into a tensor that is there

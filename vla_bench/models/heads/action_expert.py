@@ -22,6 +22,7 @@ from vla_bench.models.heads.flow import (
     flow_loss,
     initial_noise,
     noise_and_time,
+    note_attention,
     sample_time_pi0,
 )
 from .head import ActionHead, HeadSizes, at_least_one, gaussian_noise
@@ -233,15 +234,9 @@ def denoise(
 ) -> tuple[Tensor, list[Tensor]]:  # [B, T, D]; attention of the actions [B, M], per step and layer
     """From x_1 to x_0 in N Euler steps."""
     x = initial_noise(self, noise, len(features.mask), features.mask.device)
-    prefix, collected = self.encode_context(features), []
-
-    def velocity(x: Tensor, t: float) -> Tensor:
-        time = torch.full(x.shape[:1], t, device=x.device)
-        predicted, weights = self.velocity(x, time, prefix, maps=maps)
-        collected.extend(w.mean((1, 2)) for w in weights)
-        return predicted
-
-    return euler(velocity, x, euler_times(self.steps, 1.0, 0.0)), collected
+    prefix, looks = self.encode_context(features), []
+    velocity = note_attention(lambda x, time: self.velocity(x, time, prefix, maps=maps), looks)
+    return euler(velocity, x, euler_times(self.steps, 1.0, 0.0)), looks
 
 
 @patch

@@ -172,16 +172,16 @@ class DiffusionHead(ActionHead):
         self,
         sizes: HeadSizes,
         *,
-        hidden_size: int = 768,  # width of the transformer; 768 is DiT-B
-        num_layers: int = 16,
-        num_heads: int = 12,
-        dropout: float = 0.1,
         prediction: str = "sample",  # or "epsilon": what the network predicts
         sampler: str = "ddim",  # deterministic; or "ddpm"
         num_train_timesteps: int = 100,  # N
         num_inference_timesteps: int | None = None,  # K; None for 10 (ddim) or N (ddpm)
         clip_sample: float | None = None,  # predicted actions are held within ± this; 1 after min_max
         repeated_diffusion_steps: int = 8,  # draws of noise and time per sample and step
+        hidden_size: int = 768,  # width of the transformer; 768 is DiT-B
+        num_layers: int = 16,
+        num_heads: int = 12,
+        dropout: float = 0.1,
     ):
         super().__init__(sizes)
         self.prediction = check_choice("prediction", prediction, ("sample", "epsilon"))

@@ -6,7 +6,7 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/flow.html.md"""
 
 # %% auto #0
 __all__ = ['TIME_SCALE', 'TIME_BUCKETS', 'flow_loss', 'sample_beta', 'sample_time_gr00t', 'sample_time_pi0', 'time_bucket',
-           'noise_and_time', 'initial_noise', 'euler_times', 'euler', 'run_compiled']
+           'noise_and_time', 'initial_noise', 'euler_times', 'euler', 'note_attention', 'run_compiled']
 
 # %% ../../../nbs/models/heads/35_flow.ipynb #flow0002
 from collections.abc import Callable, Sequence
@@ -110,6 +110,22 @@ def euler(
     for t in times[:-1]:
         x = x + velocity(x, t) / rate
     return x
+
+# %% ../../../nbs/models/heads/35_flow.ipynb #flow0046
+def note_attention(
+    velocity: Callable[
+        [Tensor, Tensor], tuple[Tensor, list[Tensor]]
+    ],  # to v and maps [B, heads, T, L] per block
+    looks: list[Tensor],  # gets one [B, L] per step and block
+) -> Callable[[Tensor, float], Tensor]:  # for `euler`
+    """A velocity that writes down where its actions look."""
+
+    def noted(x: Tensor, t: float) -> Tensor:
+        predicted, maps = velocity(x, torch.full(x.shape[:1], t, device=x.device))
+        looks.extend(weights.mean((1, 2)) for weights in maps)
+        return predicted
+
+    return noted
 
 # %% ../../../nbs/models/heads/35_flow.ipynb #c7557a76
 @cache

@@ -22,6 +22,7 @@ from vla_bench.models.heads.flow import (
     flow_loss,
     initial_noise,
     noise_and_time,
+    note_attention,
     run_compiled,
     sample_time_gr00t,
     time_bucket,
@@ -225,13 +226,7 @@ def attention(
     """
     x = initial_noise(self, noise, len(features.hidden), features.hidden.device)
     encoded, looks = self.encode_context(features), []
-
-    def velocity(x: Tensor, t: float) -> Tensor:
-        time = torch.full(x.shape[:1], t, device=x.device)
-        velocity, weights = self.velocity(x, time, encoded, maps=True)
-        looks.extend(w.mean((1, 2)) for w in weights)
-        return velocity
-
+    velocity = note_attention(lambda x, time: self.velocity(x, time, encoded, maps=True), looks)
     euler(velocity, x, euler_times(self.steps))
     return torch.stack(looks).mean(0)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ...config import Config, ConfigError, cli_errors, load_config, suggest
+from ...config import Config, ConfigError, cli_errors, load_config, read_yaml, suggest
 from ...data.layout import Layout, PolicySpec, spec_to_dict
 from ...data.normalize import Normalizer, Statistics, save_statistics, statistics_hash
 from ...files import read_json, write_json, write_whole_folder
@@ -56,7 +56,10 @@ def find_source_files(source: str | Path, checkpoint_format: CheckpointFormat) -
     run = next((p for p in (path, *path.parents[:3]) if (p / "config.yaml").is_file()), None)
     if run is None:
         raise FileNotFoundError(f"{path} is in no run of StarVLA: no config.yaml there or above")
-    config, statistics = _read_config(run / "config.yaml"), run / "dataset_statistics.json"
+    config, statistics = (
+        OmegaConf.to_container(read_yaml(run / "config.yaml"), resolve=True),
+        run / "dataset_statistics.json",
+    )
     weights = path if path.is_file() else _newest(run)
     return Source(weights, config, statistics if statistics.is_file() else None)
 
@@ -74,16 +77,6 @@ def _holds_statistics(path: Path) -> bool:
     return path.name != "config.json" or "norm_stats" in read_json(path)
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #f067a14c
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except Exception as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds a {type(config).__name__}, expected a mapping of keys to values")
-    return config
-
-
 def _newest(run: Path) -> Path:
     """The weights of a StarVLA run with the highest number of steps, or those of `final_model`."""
     saved = [p for p in run.glob("checkpoints/steps_*") if p.suffix in (".pt", ".safetensors")]

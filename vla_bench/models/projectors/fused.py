@@ -8,8 +8,8 @@ Docs: https://vla-bench.github.io/vla_bench/models/projectors/fused.html.md"""
 __all__ = ['FusedMLP']
 
 # %% ../../../nbs/models/projectors/20_fused.ipynb #4972bf37
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
+
 from .linear import Projector
 from ...registry import PROJECTORS
 

@@ -8,8 +8,8 @@ Docs: https://vla-bench.github.io/vla_bench/models/projectors/linear.html.md"""
 __all__ = ['Projector', 'Linear']
 
 # %% ../../../nbs/models/projectors/00_linear.ipynb #c05e19fb
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
+
 from ...registry import PROJECTORS
 
 # %% ../../../nbs/models/projectors/00_linear.ipynb #72d9db24

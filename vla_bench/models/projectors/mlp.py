@@ -8,8 +8,8 @@ Docs: https://vla-bench.github.io/vla_bench/models/projectors/mlp.html.md"""
 __all__ = ['MLP']
 
 # %% ../../../nbs/models/projectors/10_mlp.ipynb #1cfcb52a
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
+
 from .linear import Projector
 from ...registry import PROJECTORS
 

@@ -8,8 +8,8 @@ Docs: https://vla-bench.github.io/vla_bench/models/projectors/pixel_shuffle.html
 __all__ = ['pixel_shuffle', 'PixelShuffleMLP']
 
 # %% ../../../nbs/models/projectors/30_pixel_shuffle.ipynb #a9fa1b84
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
+
 from .linear import Projector
 from ...registry import PROJECTORS
 
