@@ -192,7 +192,9 @@ def test_scaffolded_notebooks_pass_their_own_tests(repository):
 
 @pytest.mark.parametrize("kind", ["head", "backbone", "framework"])
 def test_the_installed_templates_are_those_of_the_notebooks(kind):
-    installed, source = (ROOT / folder / f"{kind}.ipynb" for folder in ("vla_bench/templates", "nbs/templates"))
+    installed, source = (
+        ROOT / folder / f"{kind}.ipynb" for folder in ("vla_bench/templates", "nbs/templates")
+    )
     assert installed.read_bytes() == source.read_bytes(), "stale: run `make format`"
 
 

@@ -19,6 +19,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastcore.basics import patch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -202,80 +203,103 @@ class Config:
     def _key(self, key: str) -> str:
         return f"{self._prefix}.{key}" if self._prefix and key else key or self._prefix
 
+    def _node(self) -> Any:
+        return _select(self._tree, self._prefix) if self._prefix else self._tree
+
     def _view(self, prefix: str) -> "Config":
         shared = {"read": self._read, "overrides": self._overrides, "where": self._where}
         return Config(self._tree, prefix=prefix, **shared)
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value at a dotted key, a section as a `Config`, or `default` where the tree has nothing."""
-        full = self._key(key)
-        self._read.add(full)
-        value = _select(self._tree, full)
-        self._read.update(_behind(self._tree, full))
-        if isinstance(value, DictConfig):
-            return self._view(full)
-        if isinstance(value, ListConfig):
-            return OmegaConf.to_container(value, resolve=True)
-        return default if value is None else value
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self:
-            raise ConfigError(f"{self._where} has no {self._key(key)!r}{suggest(key, self.keys())}")
-        return self.get(key)
-
-    def __getattr__(self, key: str) -> Any:
-        if key.startswith("_"):
-            raise AttributeError(key)
-        try:
-            return self[key]
-        except ConfigError as error:
-            raise AttributeError(str(error)) from error
-
-    def __contains__(self, key: str) -> bool:
-        parent, _, name = self._key(key).rpartition(".")
-        node = _select(self._tree, parent) if parent else self._tree
-        return isinstance(node, DictConfig) and name in node
-
-    def keys(self) -> list[str]:
-        """Names at this level."""
-        node = _select(self._tree, self._prefix) if self._prefix else self._tree
-        return list(node.keys()) if isinstance(node, DictConfig) else []
-
-    def section(self, key: str) -> "Config":
-        """The part of the tree below a key; empty when there is none."""
-        return self._view(self._key(key))
-
-    def to_dict(self) -> dict:
-        """Everything below as a plain, resolved dictionary; counts as read, whoever receives it checks the names."""
-        node = _select(self._tree, self._prefix) if self._prefix else self._tree
-        self._read.update(_below(self._tree, self._prefix))
-        return {} if node is None else OmegaConf.to_container(node, resolve=True)
-
-    def into(self, cls: type[Settings]) -> Settings:
-        """A dataclass filled from this section: types are checked, missing fields keep their defaults."""
-        assert is_dataclass(cls)
-        node = _select(self._tree, self._prefix) if self._prefix else self._tree
-        present = {} if node is None else OmegaConf.to_container(node, resolve=True)
-        known = [f.name for f in fields(cls)]
-        for name in known:
-            self._read.update(_below(self._tree, self._key(name)))
-        return _filled(cls, {k: present[k] for k in known if k in present}, self._where, self._key(""))
-
-    def require_read(self) -> None:
-        """Raises `ConfigError` for a key from the command line that nothing has read; call it before step one."""
-        for key, spelling in self._overrides.items():
-            if not _is_read(key, self._read):
-                leaves = {k for k in self._read if not any(o.startswith(k + ".") for o in self._read)}
-                raise ConfigError(f"nothing reads {spelling!r}{_nearest_key(key, leaves - {key})}")
-
-    def save(self, path: str | Path) -> None:
-        """The whole tree, resolved, as YAML; written whole or not at all."""
-        with write_whole(path) as temporary:
-            temporary.write_text(OmegaConf.to_yaml(self._tree, resolve=True), encoding="utf-8")
-
     def __repr__(self) -> str:
-        node = _select(self._tree, self._prefix) if self._prefix else self._tree
+        node = self._node()
         return OmegaConf.to_yaml(node).rstrip() if isinstance(node, DictConfig) else "{}"
+
+# %% ../nbs/20_config.ipynb #cfg00003
+@patch
+def get(self: Config, key: str, default: Any = None) -> Any:
+    """The value at a dotted key, a section as a `Config`, or `default` where the tree has nothing."""
+    full = self._key(key)
+    self._read.add(full)
+    value = _select(self._tree, full)
+    self._read.update(_behind(self._tree, full))
+    if isinstance(value, DictConfig):
+        return self._view(full)
+    if isinstance(value, ListConfig):
+        return OmegaConf.to_container(value, resolve=True)
+    return default if value is None else value
+
+# %% ../nbs/20_config.ipynb #cfg00007
+@patch
+def __getitem__(self: Config, key: str) -> Any:
+    if key not in self:
+        raise ConfigError(f"{self._where} has no {self._key(key)!r}{suggest(key, self.keys())}")
+    return self.get(key)
+
+
+@patch
+def __getattr__(self: Config, key: str) -> Any:
+    if key.startswith("_"):
+        raise AttributeError(key)
+    try:
+        return self[key]
+    except ConfigError as error:
+        raise AttributeError(str(error)) from error
+
+
+@patch
+def __contains__(self: Config, key: str) -> bool:
+    parent, _, name = self._key(key).rpartition(".")
+    node = _select(self._tree, parent) if parent else self._tree
+    return isinstance(node, DictConfig) and name in node
+
+
+@patch
+def keys(self: Config) -> list[str]:
+    """Names at this level."""
+    node = self._node()
+    return list(node.keys()) if isinstance(node, DictConfig) else []
+
+# %% ../nbs/20_config.ipynb #cfg00011
+@patch
+def section(self: Config, key: str) -> Config:
+    """The part of the tree below a key; empty when there is none."""
+    return self._view(self._key(key))
+
+
+@patch
+def to_dict(self: Config) -> dict:
+    """Everything below as a plain, resolved dictionary; counts as read, whoever receives it checks the names."""
+    node = self._node()
+    self._read.update(_below(self._tree, self._prefix))
+    return {} if node is None else OmegaConf.to_container(node, resolve=True)
+
+
+@patch
+def into(self: Config, cls: type[Settings]) -> Settings:
+    """A dataclass filled from this section: types are checked, missing fields keep their defaults."""
+    assert is_dataclass(cls)
+    node = self._node()
+    present = {} if node is None else OmegaConf.to_container(node, resolve=True)
+    known = [f.name for f in fields(cls)]
+    for name in known:
+        self._read.update(_below(self._tree, self._key(name)))
+    return _filled(cls, {k: present[k] for k in known if k in present}, self._where, self._key(""))
+
+# %% ../nbs/20_config.ipynb #cfg00015
+@patch
+def require_read(self: Config) -> None:
+    """Raises `ConfigError` for a key from the command line that nothing has read; call it before step one."""
+    for key, spelling in self._overrides.items():
+        if not _is_read(key, self._read):
+            leaves = {k for k in self._read if not any(o.startswith(k + ".") for o in self._read)}
+            raise ConfigError(f"nothing reads {spelling!r}{_nearest_key(key, leaves - {key})}")
+
+
+@patch
+def save(self: Config, path: str | Path) -> None:
+    """The whole tree, resolved, as YAML; written whole or not at all."""
+    with write_whole(path) as temporary:
+        temporary.write_text(OmegaConf.to_yaml(self._tree, resolve=True), encoding="utf-8")
 
 # %% ../nbs/20_config.ipynb #c180edd9
 def _read_yaml(source: str | Path) -> DictConfig:

@@ -17,6 +17,8 @@ from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Any
 
+from fastcore.basics import patch
+
 # %% ../nbs/10_registry.ipynb #d229b888
 class RegistryError(ValueError):
     """A component that does not exist, does not load, or does not take what it was given."""
@@ -99,64 +101,6 @@ class Registry:
         self.aliases = {alias: name for name, entry in self.known.items() for alias in entry.aliases}
         self._plugins: dict[str, Any] | None = None
 
-    def register(self, name: str, aliases: tuple[str, ...] = ()) -> Callable[[type], type]:
-        """A decorator that files a class under `name` and its aliases."""
-
-        def file(cls: type) -> type:
-            _refuse_var_keyword(self.kind, name, cls)
-            _refuse_taken(self, name, cls, aliases)
-            present = self.classes.get(name)
-            if present is None or present.__module__ != "__main__" or cls.__module__ == "__main__":
-                self.classes[name] = cls
-            self.aliases.update(dict.fromkeys(aliases, name))
-            return cls
-
-        return file
-
-    def names(self) -> list[str]:
-        """Every component that can be asked for, sorted; aliases are not repeated."""
-        return sorted({*self.classes, *self.known, *self.plugins()})
-
-    def plugins(self) -> dict[str, Any]:
-        """Entry points of installed packages, read once."""
-        if self._plugins is None:
-            self._plugins = {point.name: point for point in entry_points(group=self.group)}
-        return self._plugins
-
-    def canonical(self, name: str) -> str:
-        """The one name behind a spelling; raises for an unknown one."""
-        if name in self.aliases:
-            return self.aliases[name]
-        if name not in self.names():
-            raise RegistryError(
-                f"unknown {self.kind} {name!r}{suggest(name, [*self.names(), *self.aliases])}"
-            )
-        return name
-
-    def get(self, name: str) -> type:
-        """The class behind a name or an alias, imported now if it was not yet."""
-        name = self.canonical(name)
-        if name not in self.classes:
-            _load(self, name)
-        return self.classes[name]
-
-    def build(
-        self,
-        config: Mapping
-        | str,  # `type` names the class, every other key is an argument; a string is `type` alone
-        **context: Any,  # arguments set from the backbone, such as its width
-    ) -> Any:  # the instance
-        """An instance from configuration. Raises `RegistryError` for unknown, repeated or missing arguments."""
-        arguments = {"type": config} if isinstance(config, str) else dict(config)
-        if "type" not in arguments:
-            raise RegistryError(f"this {self.kind} has no 'type'{suggest('', self.names())}: {arguments}")
-        name = arguments.pop("type")
-        cls = self.get(name)
-        if both := sorted(arguments.keys() & context.keys()):
-            raise RegistryError(f"{self.kind} {name!r}: {both[0]!r} is set from the backbone; remove it")
-        check_arguments(f"{self.kind} {name!r}", cls, {**arguments, **context})
-        return cls(**arguments, **context)
-
 # %% ../nbs/10_registry.ipynb #5c43522c
 def _refuse_taken(registry: Registry, name: str, cls: type, aliases: tuple[str, ...]) -> None:
     present, kind = registry.classes.get(name), registry.kind
@@ -168,6 +112,46 @@ def _refuse_taken(registry: Registry, name: str, cls: type, aliases: tuple[str, 
     for alias in aliases:
         if registry.aliases.get(alias, name) != name or alias in taken:
             raise RegistryError(f"{kind} alias {alias!r} of {name!r} is already taken")
+
+# %% ../nbs/10_registry.ipynb #reg00002
+@patch
+def register(self: Registry, name: str, aliases: tuple[str, ...] = ()) -> Callable[[type], type]:
+    """A decorator that files a class under `name` and its aliases."""
+
+    def file(cls: type) -> type:
+        _refuse_var_keyword(self.kind, name, cls)
+        _refuse_taken(self, name, cls, aliases)
+        present = self.classes.get(name)
+        if present is None or present.__module__ != "__main__" or cls.__module__ == "__main__":
+            self.classes[name] = cls
+        self.aliases.update(dict.fromkeys(aliases, name))
+        return cls
+
+    return file
+
+# %% ../nbs/10_registry.ipynb #reg00004
+@patch
+def names(self: Registry) -> list[str]:
+    """Every component that can be asked for, sorted; aliases are not repeated."""
+    return sorted({*self.classes, *self.known, *self.plugins()})
+
+
+@patch
+def plugins(self: Registry) -> dict[str, Any]:
+    """Entry points of installed packages, read once."""
+    if self._plugins is None:
+        self._plugins = {point.name: point for point in entry_points(group=self.group)}
+    return self._plugins
+
+
+@patch
+def canonical(self: Registry, name: str) -> str:
+    """The one name behind a spelling. Raises `RegistryError` for an unknown one."""
+    if name in self.aliases:
+        return self.aliases[name]
+    if name not in self.names():
+        raise RegistryError(f"unknown {self.kind} {name!r}{suggest(name, [*self.names(), *self.aliases])}")
+    return name
 
 # %% ../nbs/10_registry.ipynb #9701ff37
 def _load(registry: Registry, name: str) -> None:
@@ -183,6 +167,33 @@ def _load(registry: Registry, name: str) -> None:
         raise RegistryError(f"{kind} {name!r} needs {error.name!r}: {install_hint(error.name)}") from error
     if name not in registry.classes:
         raise RegistryError(f"{known[name].module} was imported but registers no {kind} {name!r}")
+
+# %% ../nbs/10_registry.ipynb #reg00008
+@patch
+def get(self: Registry, name: str) -> type:
+    """The class behind a name or an alias, imported now if it was not yet."""
+    name = self.canonical(name)
+    if name not in self.classes:
+        _load(self, name)
+    return self.classes[name]
+
+
+@patch
+def build(
+    self: Registry,
+    config: Mapping | str,  # a string is `type` alone
+    **context: Any,  # arguments set from the backbone, such as its sizes
+) -> Any:  # the instance
+    """An instance from configuration. Raises `RegistryError` for unknown, repeated or missing arguments."""
+    arguments = {"type": config} if isinstance(config, str) else dict(config)
+    if "type" not in arguments:
+        raise RegistryError(f"this {self.kind} has no 'type'{suggest('', self.names())}: {arguments}")
+    name = arguments.pop("type")
+    cls = self.get(name)
+    if both := sorted(arguments.keys() & context.keys()):
+        raise RegistryError(f"{self.kind} {name!r}: {both[0]!r} is set from the backbone; remove it")
+    check_arguments(f"{self.kind} {name!r}", cls, {**arguments, **context})
+    return cls(**arguments, **context)
 
 # %% ../nbs/10_registry.ipynb #77255835
 _MODELS = "vla_bench.models"

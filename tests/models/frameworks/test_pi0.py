@@ -503,6 +503,7 @@ def test_a_configuration_that_does_not_fit_says_what_to_write(pi, changes, expec
         build_framework(config | changes, **pi.sizes)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")  # its name before 5.23
 def test_gradient_checkpointing_of_the_backbone_is_not_ignored(pi):
     model = pi.build("PI0").train()
     model.vlm.model.gradient_checkpointing_enable()
