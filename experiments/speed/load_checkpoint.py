@@ -36,6 +36,7 @@ def write(folder: Path, name: str, dtype: str) -> None:
     config = AutoConfig.from_pretrained(folder / "tiny")
     for key, value in TEXT.items():
         setattr(config.text_config, key, value)
+    config.text_config.rope_parameters["mrope_section"] = [16, 24, 24]  # of a head's 128 numbers, in pairs
     config.vision_config.out_hidden_size = TEXT["hidden_size"]
     config.dtype = getattr(torch, dtype)
     torch.set_default_dtype(config.dtype)

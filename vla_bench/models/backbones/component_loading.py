@@ -38,7 +38,7 @@ def component_config(
             f"python -m vla_bench.models.backbones.tiny_composed {kinds[0].partition('_')[0]} --out FOLDER"
         ) from error
     if found not in kinds:
-        fitting = [name for name in registry.names() if found in getattr(registry.get(name), "kinds", ())]
+        fitting = [name for name in registry.names() if found in registry.get(name).kinds]
         hint = f"; write type: {fitting[0]}" if fitting else ""
         raise ValueError(f"{path} holds a {found!r}, expected {' or '.join(map(repr, kinds))}{hint}")
     return AutoConfig.from_pretrained(path)

@@ -101,6 +101,8 @@ def patch_tokens(
 class VisionBackbone(nn.Module):
     """Base of the registry `VISION_BACKBONES`: images to patches."""
 
+    kinds: tuple[str, ...] = ()  # transformers' names of the architecture, of a backbone that is one model
+
     def __init__(self, towers: Mapping[str, PreTrainedModel], pixels: Pixels):
         super().__init__()
         for name, tower in towers.items():
