@@ -210,7 +210,9 @@ class Config:
         shared = {"read": self._read, "overrides": self._overrides, "where": self._where}
         return Config(self._tree, prefix=prefix, **shared)
 
-    def __getattr__(self, key: str) -> Any:  # a module must not have a function of this name, so it stands here
+    def __getattr__(
+        self, key: str
+    ) -> Any:  # a module must not have a function of this name, so it stands here
         if key.startswith("_"):
             raise AttributeError(key)
         try:
@@ -314,7 +316,8 @@ def read_yaml(
     except Exception as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, DictConfig):
-        raise ConfigError(f"{path} must hold a mapping of keys to values")
+        kind = "list" if isinstance(tree, ListConfig) else type(tree).__name__
+        raise ConfigError(f"{path} holds a {kind}, expected a mapping of keys to values")
     return tree
 
 # %% ../nbs/20_config.ipynb #ee0484e8

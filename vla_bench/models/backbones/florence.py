@@ -203,12 +203,7 @@ def decode(
 @patch
 @torch.no_grad()
 def generate(
-    self: Florence2,
-    inputs: dict[str, Tensor],
-    *,
-    max_new_tokens: int = 64,
-    do_sample: bool = False,
-    temperature: float = 1.0,
+    self: Florence2, inputs: dict[str, Tensor], *, max_new_tokens=64, do_sample=False, temperature=1.0
 ) -> Tensor:
     """Token ids [B, up to max_new_tokens] of an answer, by transformers' own loop."""
     features, sampling = self(inputs), {"temperature": temperature} if do_sample else {}

@@ -18,21 +18,13 @@ from ...registry import PROJECTORS
 class FusedMLP(Projector):
     """V -> 4V, GELU, 4V -> H, GELU, H -> H (Karamcheti et al. 2024; OpenVLA)."""
 
-    def __init__(
-        self,
-        vision_size: int,  # V, the sum of the widths of the vision backbones
-        text_size: int,  # H, width of a token of the language model
-    ):
+    def __init__(self, vision_size: int, text_size: int):
         super().__init__(vision_size, text_size)
         self.fc1 = nn.Linear(vision_size, 4 * vision_size)
         self.fc2 = nn.Linear(4 * vision_size, text_size)
         self.fc3 = nn.Linear(text_size, text_size)
 
-    def forward(
-        self,
-        features: Tensor,  # [N, rows * columns, V]
-        grid: tuple[int, int],  # rows, columns
-    ) -> Tensor:  # [N, rows * columns, H]
+    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:  # [N, rows * columns, H]
         """Tokens, one per patch."""
         self.check(features, grid)
         hidden = nn.functional.gelu(self.fc1(features))

@@ -16,9 +16,21 @@ from ...registry import PROJECTORS
 class Projector(nn.Module):
     """Base of the registry `PROJECTORS`: patches [N, rows * columns, V] to tokens [N, T, H], row by row."""
 
-    def __init__(self, vision_size: int, text_size: int):
+    def __init__(
+        self,
+        vision_size: int,  # V, width of a patch; of several vision backbones together
+        text_size: int,  # H, width of a token of the language model
+    ):
         super().__init__()
         self.vision_size, self.text_size = vision_size, text_size  # V, H
+
+    def forward(
+        self,
+        features: Tensor,  # [N, rows * columns, V]
+        grid: tuple[int, int],  # rows, columns
+    ) -> Tensor:  # [N, T, H]
+        """Tokens of the language model, row by row."""
+        raise NotImplementedError
 
     def token_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the tokens that a grid of patches becomes; here one token per patch."""
@@ -39,19 +51,11 @@ class Projector(nn.Module):
 class Linear(Projector):
     """One matrix, as in LLaVA (Liu et al. 2023) and PaliGemma."""
 
-    def __init__(
-        self,
-        vision_size: int,  # V, width of a patch
-        text_size: int,  # H, width of a token of the language model
-    ):
+    def __init__(self, vision_size: int, text_size: int):
         super().__init__(vision_size, text_size)
         self.linear = nn.Linear(vision_size, text_size)
 
-    def forward(
-        self,
-        features: Tensor,  # [N, rows * columns, V]
-        grid: tuple[int, int],  # rows, columns
-    ) -> Tensor:  # [N, rows * columns, H]
+    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:  # [N, rows * columns, H]
         """Tokens, one per patch."""
         self.check(features, grid)
         return self.linear(features)

@@ -18,20 +18,12 @@ from ...registry import PROJECTORS
 class MLP(Projector):
     """V -> H, GELU, H -> H (Liu et al. 2023; Karamcheti et al. 2024)."""
 
-    def __init__(
-        self,
-        vision_size: int,  # V, width of a patch
-        text_size: int,  # H, width of a token of the language model
-    ):
+    def __init__(self, vision_size: int, text_size: int):
         super().__init__(vision_size, text_size)
         self.fc1 = nn.Linear(vision_size, text_size)
         self.fc2 = nn.Linear(text_size, text_size)
 
-    def forward(
-        self,
-        features: Tensor,  # [N, rows * columns, V]
-        grid: tuple[int, int],  # rows, columns
-    ) -> Tensor:  # [N, rows * columns, H]
+    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:  # [N, rows * columns, H]
         """Tokens, one per patch."""
         self.check(features, grid)
         return self.fc2(nn.functional.gelu(self.fc1(features)))

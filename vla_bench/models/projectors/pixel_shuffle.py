@@ -33,11 +33,7 @@ def pixel_shuffle(
 class PixelShuffleMLP(Projector):
     """2 x 2 pixel shuffle, LayerNorm, 4V -> H, GELU, H -> H: InternVL's and Eagle's `mlp1`."""
 
-    def __init__(
-        self,
-        vision_size: int,  # V, width of a patch
-        text_size: int,  # H, width of a token of the language model
-    ):
+    def __init__(self, vision_size: int, text_size: int):
         super().__init__(vision_size, text_size)
         wide = 4 * vision_size
         first, second = nn.Linear(wide, text_size), nn.Linear(text_size, text_size)
@@ -47,11 +43,7 @@ class PixelShuffleMLP(Projector):
         """Half the rows and half the columns."""
         return grid[0] // 2, grid[1] // 2
 
-    def forward(
-        self,
-        features: Tensor,  # [N, rows * columns, V]
-        grid: tuple[int, int],  # rows, columns; both even
-    ) -> Tensor:  # [N, rows * columns / 4, H]
+    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:  # [N, rows * columns / 4, H]
         """Tokens, one per 2 x 2 block of patches."""
         self.check(features, grid)
         return self.layers(pixel_shuffle(features, grid))
