@@ -6,9 +6,9 @@ Docs: https://vla-bench.github.io/vla_bench/benchmarks/metaworld.html.md"""
 
 # %% auto #0
 __all__ = ['VERBS', 'INSTRUCTIONS', 'REGULAR', 'TASKS', 'EGL_PACKAGES', 'EGL_HINT', 'OPEN', 'CAMERAS', 'UPSIDE_DOWN',
-           'CONTROL_RATE', 'ACTION', 'STATE', 'instruction_of', 'load_simulator', 'close_simulators', 'open_renderer',
-           'Simulator', 'MetaWorldEnvironment', 'check_cameras', 'installed_versions', 'MetaWorld', 'Demonstration',
-           'expert', 'demonstrate', 'record', 'main']
+           'CONTROL_RATE', 'ACTION_UNITS', 'ACTION', 'STATE_UNITS', 'STATE', 'instruction_of', 'load_simulator',
+           'close_simulators', 'open_renderer', 'Simulator', 'MetaWorldEnvironment', 'check_cameras',
+           'installed_versions', 'MetaWorld', 'Demonstration', 'expert', 'demonstrate', 'record', 'main']
 
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #27f7419c
 import argparse
@@ -224,19 +224,13 @@ def frames(self: Simulator) -> list[np.ndarray]:
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #c9fcef9e
 CONTROL_RATE = 1 / (5 * 0.0025)  # Hz: MetaWorld's frame_skip of 5 and MuJoCo's timestep of 2.5 ms
 
+ACTION_UNITS = "1.0 = 1 cm per step; gripper effort from -1 (open) to 1 (close)"
 ACTION = Layout(
-    ("dx", "dy", "dz", "gripper"),
-    kind="delta",
-    frame="world",
-    units="1.0 = 1 cm per step; gripper effort from -1 (open) to 1 (close)",
-    gripper="positive_closes",
+    ("dx", "dy", "dz", "gripper"), "delta", frame="world", units=ACTION_UNITS, gripper="positive_closes"
 )
+STATE_UNITS = "m; gripper opening from 0 to 1"
 STATE = Layout(
-    ("x", "y", "z", "opening"),
-    kind="absolute",
-    frame="world",
-    units="m; gripper opening from 0 to 1",
-    gripper="positive_opens",
+    ("x", "y", "z", "opening"), "absolute", frame="world", units=STATE_UNITS, gripper="positive_opens"
 )
 
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #b349d149

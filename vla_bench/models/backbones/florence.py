@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutput
 
 from .image_tokens import SquareVLM, place_images
-from .tokens import padding_order, reorder, restore_order, visible_tokens
+from .tokens import padding_order, run_in_order, visible_tokens
 from .vlm import VLMPrepare, eager_text
 from ..features import Features
 from ...registry import BACKBONES
@@ -119,14 +119,9 @@ def run(
         tokens = self.model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
         embeddings = place_images(embeddings, every, tokens)
     order = padding_order(mask, self.padding_side)
+    options = {"output_hidden_states": layers == "all", "output_attentions": attention}
     with eager_text(self.model, attention):
-        output = self.model.model.language_model.encoder(
-            inputs_embeds=reorder(embeddings, order),
-            attention_mask=reorder(mask, order).long(),
-            output_hidden_states=layers == "all",
-            output_attentions=attention,
-        )
-    return output if order is None else restore_order(output, order.argsort(dim=1))
+        return run_in_order(self.model.model.language_model.encoder, embeddings, mask, order, **options)
 
 # %% ../../../nbs/models/backbones/38_florence.ipynb #flor0001
 @patch

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ...config import cli_errors, suggest
 from .component_loading import quiet
-from .tiny import CORPUS, QWEN_TOKENS, ROPE, Sizes, train_tokenizer
+from .tiny import CORPUS, QWEN_TOKENS, ROPE, TINY_SIZES, Sizes, train_tokenizer
 from .vision import HALF, IMAGENET
 from ...registry import check_arguments
 
@@ -196,26 +196,26 @@ def write_tiny_composed(
     kind: str,  # "prismatic", "dinosiglip" or "eagle2_5_vl"
     out: str | Path,  # folder to write
     *,
-    image_size: int = 96,  # pixels; a multiple of 32
     corpus: Sequence[str] = CORPUS,  # texts whose words become single tokens
-    hidden_size: int = 128,  # width of the language model
-    num_layers: int = 3,  # layers of the language model
-    vision_hidden_size: int = 96,
-    vision_layers: int = 3,
-    reserved_tokens: int = 0,  # unused rows at the end of the embedding, for action tokens
     seed: int = 0,  # of the random weights
+    **sizes: int,  # those of `write_tiny` that differ from `TINY_SIZES`
 ) -> Path:  # the folder
     """Writes a tiny composed backbone that `load_vlm` reads. Raises `ValueError` for sizes that do not fit."""
     if kind not in COMPOSED:
         raise ValueError(f"no tiny composition {kind!r}{suggest(kind, COMPOSED)}")
-    text = {"hidden_size": hidden_size, "corpus": corpus, "reserved_tokens": reserved_tokens}
-    vision = {"hidden_size": vision_hidden_size, "image_size": image_size}
+    if unknown := [name for name in sizes if name not in TINY_SIZES]:
+        raise ValueError(f"a tiny backbone has no size {unknown[0]!r}{suggest(unknown[0], TINY_SIZES)}")
+    wanted = {**TINY_SIZES, **sizes}
+    shared = {"corpus": corpus, "reserved_tokens": wanted["reserved_tokens"]}
+    text = {"hidden_size": wanted["hidden_size"], **shared}
+    vision = {"hidden_size": wanted["vision_hidden_size"], "image_size": wanted["image_size"]}
+    depths = {"text": wanted["num_layers"], "vision": wanted["vision_layers"]}
     with tempfile.TemporaryDirectory() as components, torch.random.fork_rng(devices=[]):
 
         def write(component: str, spare: int) -> tuple[int, str]:
-            depth, sizes = (vision_layers, vision) if component in VISION else (num_layers, text)
+            depth, own = (depths["vision"], vision) if component in VISION else (depths["text"], text)
             path = write_tiny_component(
-                component, Path(components) / component, num_layers=depth + spare, seed=seed, **sizes
+                component, Path(components) / component, num_layers=depth + spare, seed=seed, **own
             )
             return depth, str(path)
 
@@ -257,7 +257,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     write = write_tiny_component if kind in COMPONENTS else write_tiny_composed
     with cli_errors():
         given |= {"kind": kind, "out": out, "corpus": (*CORPUS, *words)}
-        check_arguments(f"tiny {kind!r}", write, given)
+        if kind in COMPONENTS:  # a component has fewer sizes, so its function names them
+            check_arguments(f"tiny {kind!r}", write, given)
         print(f"wrote {write(**given)}")
 
 # %% ../../../nbs/models/backbones/91_tiny_composed.ipynb #987bafbf

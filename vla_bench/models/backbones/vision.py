@@ -6,7 +6,7 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/vision.html.md"""
 
 # %% auto #0
 __all__ = ['IMAGENET', 'HALF', 'Pixels', 'declared_normalisation', 'tower_config', 'drop_unused', 'patch_tokens',
-           'VisionBackbone', 'load_tower', 'SigLIP', 'DINOv2', 'DinoSigLIP']
+           'VisionBackbone', 'load_tower', 'SingleEncoder', 'SigLIP', 'DINOv2', 'DinoSigLIP']
 
 # %% ../../../nbs/models/backbones/40_vision.ipynb #676ab6ce
 import json
@@ -161,11 +161,12 @@ def load_tower(
     return drop_unused(load_component(AutoModel, path, config, **options))
 
 # %% ../../../nbs/models/backbones/40_vision.ipynb #39678f33
-@VISION_BACKBONES.register("SigLIP", aliases=("SigLIPViTBackbone",))
-class SigLIP(VisionBackbone):
-    """SigLIP and SigLIP 2 at a fixed size (Zhai et al. 2023): what is where, in words."""
+class SingleEncoder(VisionBackbone):
+    """A vision backbone of one encoder; a family says what it is called and how its pixels are normalised."""
 
-    kinds = ("siglip_vision_model", "siglip")
+    name: str  # of the encoder's module
+    kinds: tuple[str, ...]  # the `model_type`s that may be loaded
+    normalisation = HALF  # where the folder declares none
 
     def __init__(
         self,
@@ -178,30 +179,26 @@ class SigLIP(VisionBackbone):
         attn_implementation: str = "sdpa",
     ):
         tower = load_tower(path, self.kinds, layer, load_weights, dtype, attn_implementation)
-        pixels = Pixels(image_size or tower.config.image_size, [declared_normalisation(path, HALF)])
-        super().__init__({"siglip": tower}, pixels)
+        normalisation = [declared_normalisation(path, self.normalisation)]
+        super().__init__({self.name: tower}, Pixels(image_size or tower.config.image_size, normalisation))
+
+
+@VISION_BACKBONES.register("SigLIP", aliases=("SigLIPViTBackbone",))
+class SigLIP(SingleEncoder):
+    """SigLIP and SigLIP 2 at a fixed size (Zhai et al. 2023): what is where, in words."""
+
+    name, kinds = "siglip", ("siglip_vision_model", "siglip")
 
 # %% ../../../nbs/models/backbones/40_vision.ipynb #1e1d9b5f
 @VISION_BACKBONES.register("DINOv2")
-class DINOv2(VisionBackbone):
-    """DINOv2, with or without registers (Oquab et al. 2023; Darcet et al. 2023): where things are, and their shape."""
+class DINOv2(SingleEncoder):
+    """DINOv2, with or without registers (Oquab et al. 2023; Darcet et al. 2023): where things are, and their shape.
 
-    kinds = ("dinov2", "dinov2_with_registers")
+    Published ones were trained at 518 pixels per side and are used at 224.
+    """
 
-    def __init__(
-        self,
-        path: str | Path,  # local folder or hub name
-        *,
-        layer: int = -1,  # -1: the last, normalised; -2 as in Prismatic
-        image_size: int
-        | None = None,  # pixels per side; the model's own when left out (518 for published ones)
-        load_weights: bool = True,
-        dtype: str = "float32",
-        attn_implementation: str = "sdpa",
-    ):
-        tower = load_tower(path, self.kinds, layer, load_weights, dtype, attn_implementation)
-        pixels = Pixels(image_size or tower.config.image_size, [declared_normalisation(path, IMAGENET)])
-        super().__init__({"dinov2": tower}, pixels)
+    name, kinds = "dinov2", ("dinov2", "dinov2_with_registers")
+    normalisation = IMAGENET
 
 # %% ../../../nbs/models/backbones/40_vision.ipynb #c79d5f9f
 @VISION_BACKBONES.register("DinoSigLIP", aliases=("DinoSigLIPViTBackbone",))

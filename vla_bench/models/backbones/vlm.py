@@ -29,7 +29,7 @@ from vla_bench.models.backbones.tokens import (
     pad_left,
     padding_order,
     reorder,
-    restore_order,
+    run_in_order,
     visible_tokens,
 )
 from .words import align_words, decode_pieces
@@ -258,9 +258,11 @@ def run(
     order = padding_order(mask, self.padding_side) if past is None else None
     others = {} if past is not None else self.model_inputs(inputs, mask) | self.answer_inputs(mask, answer)
     with eager_text(self.model, attention):
-        output = self.model.model(
-            inputs_embeds=reorder(embeddings, order),
-            attention_mask=reorder(mask, order).long(),
+        return run_in_order(
+            self.model.model,
+            embeddings,
+            mask,
+            order,
             position_ids=reorder(positions, order),
             past_key_values=past,
             use_cache=cache or past is not None,
@@ -268,7 +270,6 @@ def run(
             output_attentions=attention,
             **others,
         )
-    return output if order is None else restore_order(output, order.argsort(dim=1))
 
 # %% ../../../nbs/models/backbones/10_vlm.ipynb #vlm00026
 @patch

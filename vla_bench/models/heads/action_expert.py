@@ -16,15 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..features import BackboneSizes, Features
-from vla_bench.models.heads.flow import (
-    euler,
-    euler_times,
-    flow_loss,
-    initial_noise,
-    noise_and_time,
-    note_attention,
-    sample_time_pi0,
-)
+from . import flow
 from .head import ActionHead, HeadSizes, at_least_one, gaussian_noise
 from ..layers.dit import sinusoidal_embedding
 from vla_bench.models.layers.expert import (
@@ -203,9 +195,9 @@ def loss(
     self.check_actions(actions, is_pad)
     r, state = self.repeats, features.state
     prefix, actions = self.prefix_cache(features).repeated(r), actions.float().repeat(r, 1, 1)
-    noise, time = noise_and_time(actions, noise, time, sample_time_pi0, r)
+    noise, time = flow.noise_and_time(actions, noise, time, flow.sample_time_pi0, r)
     token = self.state_token(None if state is None else state.repeat(r, 1), len(actions))
-    error = flow_loss(lambda x, t: self.velocity(x, t, prefix, token)[0], actions, noise, time)
+    error = flow.flow_loss(lambda x, t: self.velocity(x, t, prefix, token)[0], actions, noise, time)
     return {"action_loss": self.mean(error, is_pad.repeat(r, 1))}
 
 # %% ../../../nbs/models/heads/90_action_expert.ipynb #54738911
@@ -233,10 +225,10 @@ def denoise(
     maps: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:  # [B, T, D]; attention of the actions [B, M], per step and layer
     """From x_1 to x_0 in N Euler steps."""
-    x = initial_noise(self, noise, len(features.mask), features.mask.device)
+    x = flow.initial_noise(self, noise, len(features.mask), features.mask.device)
     prefix, looks = self.encode_context(features), []
-    velocity = note_attention(lambda x, time: self.velocity(x, time, prefix, maps=maps), looks)
-    return euler(velocity, x, euler_times(self.steps, 1.0, 0.0)), looks
+    velocity = flow.note_attention(lambda x, time: self.velocity(x, time, prefix, maps=maps), looks)
+    return flow.euler(velocity, x, flow.euler_times(self.steps, 1.0, 0.0)), looks
 
 
 @patch

@@ -8,10 +8,10 @@ Docs: https://vla-bench.github.io/vla_bench/models/interop/fluxvla.html.md"""
 __all__ = ['Table', 'FLOW_TABLE', 'TRANSFORMER_TABLE', 'BINS_TABLE', 'HUB', 'VLM_TABLE', 'LLM_TABLE', 'PROJECTOR_TABLE',
            'VISION_ENCODERS', 'VISION_TABLE', 'EXPERT_TABLE', 'MODEL_TABLE', 'COMPONENTS', 'PALIGEMMA_COMPONENTS',
            'TYPES', 'HEAD_TABLES', 'HEAD_DEFAULTS', 'MODULES', 'MODULES_OF_TYPE', 'OPERATORS', 'NEEDED', 'IgnoredKey',
-           'Translation', 'rows_behind', 'on_hub', 'published_encoders', 'type_of', 'defaults', 'mapping_of_eagle',
-           'mapping_of_flow_head', 'mapping_of_expert', 'translate_mapping', 'framework_and_head', 'translate',
-           'translate_both', 'from_fluxvla', 'remarks', 'not_data', 'compute', 'evaluate_dict', 'evaluate', 'merge',
-           'parse_file', 'read_assignments', 'read_fluxvla_config', 'to_yaml', 'main']
+           'Translation', 'require_dict', 'rows_behind', 'on_hub', 'published_encoders', 'type_of', 'defaults',
+           'mapping_of_eagle', 'mapping_of_flow_head', 'mapping_of_expert', 'translate_mapping', 'framework_and_head',
+           'translate', 'translate_both', 'from_fluxvla', 'remarks', 'not_data', 'compute', 'evaluate_dict', 'evaluate',
+           'merge', 'parse_file', 'read_assignments', 'read_fluxvla_config', 'to_yaml', 'main']
 
 # %% ../../../nbs/models/interop/30_fluxvla.ipynb #0e924a2a
 import argparse
@@ -62,6 +62,12 @@ class Translation:
     remarks: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # those remarks whose value may differ from ours
 
+
+def require_dict(where: str, given: Any) -> None:
+    """Raises `RegistryError` for a component that is no dictionary."""
+    if not isinstance(given, Mapping):
+        raise RegistryError(f"{where} is {given!r}, expected a dict")
+
 # %% ../../../nbs/models/interop/30_fluxvla.ipynb #8619909f
 @patch
 def read(
@@ -71,8 +77,7 @@ def read(
     table: Table,
 ) -> None:
     """Places every key, None for the default. Raises `RegistryError` for one that the table does not have."""
-    if not isinstance(given, Mapping):
-        raise RegistryError(f"{where} is {given!r}, expected a dict")
+    require_dict(where, given)
     if odd := [key for key in given if key not in ("type", *table)]:
         raise RegistryError(
             f"{where} ({given.get('type', 'model')}) takes no {odd[0]!r}{suggest(odd[0], table)}"
@@ -427,8 +432,7 @@ def type_of(
     registry: Registry,
 ) -> str:
     """Our name of a component's `type`. Raises `RegistryError` where it is missing or unknown."""
-    if not isinstance(given, Mapping):
-        raise RegistryError(f"{part} is {given!r}, expected a dict")
+    require_dict(part, given)
     if not isinstance(given.get("type"), str):
         raise RegistryError(f"{part} has no 'type'{suggest('', registry.names())}")
     try:
