@@ -173,11 +173,11 @@ class PrismaticBase(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding of tokens."""
-        return getattr(self, "model", self).language_model.get_input_embeddings()
+        return self.base_model.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the embedding of tokens."""
-        getattr(self, "model", self).language_model.set_input_embeddings(value)
+        self.base_model.language_model.set_input_embeddings(value)
 
 
 class PrismaticModel(PrismaticBase):
