@@ -8,6 +8,7 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/vlm.html.md"""
 __all__ = ['COMPONENTS', 'backbone_sizes', 'VLMPrepare', 'eager_text', 'VLM', 'next_token_loss']
 
 # %% ../../../nbs/models/backbones/10_vlm.ipynb #cfad3930
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -110,9 +111,14 @@ def eager_text(model: PreTrainedModel, active: bool) -> Iterator[None]:
         yield
         return
     model.set_attn_implementation({**before, **after})
+    # the vision encoder is not asked for maps, and would warn that it returns none
+    logger = logging.getLogger("transformers.integrations.sdpa_attention")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        logger.setLevel(level)
         model.set_attn_implementation(before)
 
 # %% ../../../nbs/models/backbones/10_vlm.ipynb #9779f3a6
