@@ -10,13 +10,14 @@ __all__ = ['Names', 'OPENPI', 'OPENPI_IGNORE', 'OPENPI_KEYS', 'PI0_KEYS', 'PI05_
            'ALL_CROSS', 'FIRST_FAST_TOKEN', 'OPENVLA', 'OPENVLA_IGNORE', 'OPENVLA_SECTION', 'OPENVLA_KEYS',
            'NEW_EMBODIMENT', 'GR00T_HEAD_SIZES', 'GR00T_SECTION', 'GR00T_NAMES', 'N15_KEYS', 'CHECKPOINT_FORMATS',
            'ConfigKey', 'CheckpointFormat', 'resolve', 'last_block', 'unwrapped', 'count_blocks', 'openpi_sizes',
-           'under', 'section_of', 'given_numbers', 'value_at', 'check_keys', 'settings_of', 'starvla_section',
-           'includes_state', 'alternates', 'complete_pi', 'starvla_gr00t', 'starvla_pi', 'unused_state',
-           'unused_by_flow', 'unused_by_pi', 'flow_sizes', 'pi_sizes', 'residual_sizes', 'starvla_oft', 'starvla_fast',
-           'gr00t_head', 'gr00t_sizes', 'list_formats']
+           'under', 'section_of', 'given_numbers', 'renamed', 'value_at', 'check_keys', 'settings_of',
+           'starvla_section', 'includes_state', 'alternates', 'complete_pi', 'starvla_gr00t', 'starvla_pi',
+           'unused_state', 'unused_by_flow', 'unused_by_pi', 'flow_sizes', 'pi_sizes', 'residual_sizes', 'starvla_oft',
+           'starvla_fast', 'gr00t_head', 'gr00t_sizes', 'list_formats']
 
 # %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #98e2b577
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -277,6 +278,12 @@ def given_numbers(
             raise ValueError(f"{where}: {name} is {value!r}, expected a number")
     return {name: value for name, value in values.items() if value is not None}
 
+
+def renamed(where: str, section: Mapping[str, Any], **names: str) -> dict[str, Any]:
+    """Numbers of a section under our names, {ours: theirs}. Raises `ValueError` for one that is no number."""
+    found = given_numbers(where, **{name: section.get(name) for name in names.values()})
+    return {ours: found[name] for ours, name in names.items() if name in found}
+
 # %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #3f09605d
 def value_at(config: Mapping[str, Any], name: str) -> Any:
     """What a configuration has at a dotted name; None where it says nothing."""
@@ -369,7 +376,7 @@ FLOW_KEYS = (
     *_keys(_HEAD, _HEAD_FILES, max_seq_len="action_model.max_positions"),
     *_keys(_HEAD, _HEAD_FILES, num_inference_timesteps="action_model.num_inference_timesteps"),
     *_only(_HEAD, _HEAD_FILES, num_timestep_buckets=TIME_BUCKETS, add_pos_embed=True, **_NOISE_KEYS),
-    *_keys(_DIT, _DIT_FILE, dropout="action_model.dropout", num_attention_heads="action_model.num_heads"),
+    *_keys(_DIT, _DIT_FILE, dropout="action_model.dropout"),
     *_keys(_DIT, _DIT_FILE, interleave_self_attention=_MIXING, use_canonical_forward=_MIXING),
     *_only(_DIT, _DIT_FILE, **_TRANSFORMER_KEYS),
 )
@@ -381,6 +388,7 @@ GR00T_KEYS = (
     *_keys(_HEAD, "GR00T_ActionHeader.py", hidden_size="action_model.mlp_size"),
     *_keys(_HEAD, "QwenGR00T.py", repeated_diffusion_steps="action_model.repeated_diffusion_steps"),
     *_keys(_DIT, _DIT_FILE, attention_head_dim="action_model.hidden_size"),
+    *_keys(_DIT, _DIT_FILE, num_attention_heads="action_model.num_heads"),
     *_keys(_DIT, _DIT_FILE, output_dim="action_model.output_size", num_layers="action_model.num_layers"),
 )
 PI_KEYS = (
@@ -408,13 +416,9 @@ def _flow_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What both flow heads say; the names on the left are ours."""
     head, dit = section_of(config, _HEAD), section_of(config, _DIT, optional=True)
     check_keys(config, FLOW_KEYS)
-    return given_numbers(
-        _HEAD,
-        num_future_tokens=head.get("num_target_vision_tokens"),
-        dropout=dit.get("dropout"),
-        max_positions=head.get("max_seq_len"),
-        num_inference_timesteps=head.get("num_inference_timesteps"),
-    )
+    own = {"num_future_tokens": "num_target_vision_tokens", "max_positions": "max_seq_len"}
+    own |= {"num_inference_timesteps": "num_inference_timesteps"}
+    return renamed(_HEAD, head, **own) | renamed(_DIT, dit, dropout="dropout")
 
 # %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #138c3d1c
 def alternates(config: Mapping[str, Any]) -> bool:
@@ -437,6 +441,21 @@ STATE_ENCODER = "action_model.state_encoder"
 ALL_CROSS = {"interleave_self_attention": False, "num_future_tokens": 0}  # no token could be read
 
 
+def _with_heads(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The configuration with as many heads as StarVLA cuts the width into, whatever number was written there."""
+    config, query = deepcopy(dict(config)), "action_model.model.transformer_blocks.0.attn1.to_q.weight"
+    if query in tensors:
+        dit = section_of(config, _DIT, optional=True)
+        width, size = (
+            len(tensors[query]),
+            given_numbers(_DIT, attention_head_dim=dit.get("attention_head_dim", 64)).popitem()[1],
+        )
+        heads = max(1, width // size) if size > 0 else 1
+        own = {"num_attention_heads": heads, "attention_head_dim": width // heads}
+        config["framework"]["action_model"]["diffusion_model_cfg"] = dit | own
+    return config
+
+
 def complete_pi(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],  # of the checkpoint
@@ -445,10 +464,10 @@ def complete_pi(
 
     Raises `ValueError` where neither the configuration nor the weights tell.
     """
-    dit = section_of(config, _DIT, optional=True)
+    config, dit = _with_heads(config, tensors), section_of(config, _DIT, optional=True)
     written = "layerwise_attention_layout" in section_of(config, _HEAD) or "use_canonical_forward" in dit
     if written or not alternates(config):
-        return dict(config), []
+        return config, []
     prefixes = (STATE_ENCODER, "action_model.future_tokens")
     told = all(any(name.startswith(prefix) for name in tensors) for prefix in prefixes)
     if "interleave_self_attention" not in dit and not told:
@@ -458,7 +477,7 @@ def complete_pi(
             "blocks attend to the action tokens, or =false when all attend to the backbone"
         )
     why = "the configuration interleaves" if "interleave_self_attention" in dit else "StarVLA's default"
-    return dict(config), [
+    return config, [
         f"the odd blocks attend to the action tokens ({why}); a run from before 2026-06-16 attended to the "
         "backbone in all of them: --set use_canonical_forward=false"
     ]
@@ -469,15 +488,10 @@ def starvla_gr00t(config: Mapping[str, Any]) -> dict[str, Any]:
     found = starvla_section(config)
     head, dit = section_of(config, _HEAD), section_of(config, _DIT, optional=True)
     kind = head.get("action_model_type", "DiT-B")
-    if kind not in DIT_SIZES:
+    if not isinstance(kind, str) or kind not in DIT_SIZES:
         raise ValueError(f"unknown {_HEAD}.action_model_type {kind!r}{suggest(str(kind), DIT_SIZES)}")
-    sizes = given_numbers(
-        _HEAD,
-        mlp_size=head.get("hidden_size"),
-        output_size=dit.get("output_dim"),
-        num_layers=dit.get("num_layers"),
-        repeated_diffusion_steps=head.get("repeated_diffusion_steps"),
-    )
+    sizes = renamed(_HEAD, head, mlp_size="hidden_size", repeated_diffusion_steps="repeated_diffusion_steps")
+    sizes |= renamed(_DIT, dit, output_size="output_dim", num_layers="num_layers")
     sizes |= {} if alternates(config) else ALL_CROSS
     return {**found, "action_model": _attention(DIT_SIZES[kind] | dit) | _flow_settings(config) | sizes}
 
@@ -491,8 +505,6 @@ def starvla_pi(config: Mapping[str, Any]) -> dict[str, Any]:
     own = {"mlp_size": 1024} | _flow_settings(config)
     if "num_attention_heads" in dit:
         own |= _attention({"attention_head_dim": 64, **dit})
-    else:
-        check_keys(config, _only(_DIT, "share_tools.py", attention_head_dim=64))
     if not alternates(config):
         own |= {**ALL_CROSS, "state_token": False}
     return {**found, "action_model": own}
