@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from vla_bench.config import ConfigError
+from vla_bench.config import Config, ConfigError, load_config
 from vla_bench.data.normalize import load_statistics
 from vla_bench.models.backbones.tiny_composed import write_tiny_component
 from vla_bench.models.frameworks.framework import Framework
-from vla_bench.models.interop.convert import convert
+from vla_bench.models.interop.checkpoint_formats import CHECKPOINT_FORMATS
+from vla_bench.models.interop.convert import convert, policy_settings
 from vla_bench.models.interop.weights import LoadReport
 from vla_bench.serving.policy import Policy
 
@@ -261,7 +263,6 @@ def openvla(published, vlms, home) -> Converted:
 
 
 # ---------------------------------------------------------------- every case
-
 
 PI = [  # (name, whether the odd blocks attend to the action tokens, what the run's configuration says of it)
     ("silent", True, {}),
@@ -549,3 +550,58 @@ def test_openvla_puts_the_image_behind_the_first_token(converted):
 
 def test_openvla_counts_its_action_tokens_from_the_last_token(converted):
     assert converted("openvla").framework.token_ids[0] == 448 - 64 - 1
+
+
+# ---------------------------------------------------------------- the example configurations
+
+EXAMPLES = Path(__file__).parents[3] / "experiments/configs/convert"
+UNSEEN = ("num_heads", "num_vl_heads", "tokenizer", "first_token_id", "max_tokens", "adaptive_norm")
+
+
+def tiny(name: str, config: dict) -> Config:
+    """The example of a format with the names, images and backbone of the synthetic checkpoint; sizes are left to its tensors."""
+    merged = OmegaConf.load(EXAMPLES / f"{name}.yaml")
+    framework, policy = config["framework"], config["policy"]
+    for key in ("vlm", "action_horizon"):
+        if key in framework:
+            merged.framework[key] = framework[key]
+    own = {k: v for k, v in framework.get("action_model", {}).items() if k in UNSEEN}
+    if name == "openpi_pi0" or name == "openpi_pi05":
+        own = {}  # one head of keys shows how many there are
+    if own:
+        merged.framework.action_model = own
+    for key in ("action", "state", "image_size", "normalization", "statistics", "dataset"):
+        merged.policy.pop(key, None)
+        if key in policy:
+            merged.policy[key] = policy[key]
+    merged.policy.cameras = policy["cameras"]
+    return load_config(OmegaConf.to_container(merged))
+
+
+def test_every_format_has_an_example():
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(CHECKPOINT_FORMATS)
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FORMATS)
+def test_the_example_of_a_format_is_whole(name):
+    cfg = load_config(EXAMPLES / f"{name}.yaml")
+    settings = policy_settings(cfg)
+    assert settings.cameras and settings.action["names"] and settings.control_rate > 0
+    assert cfg.section("framework").to_dict()["vlm"]
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FORMATS)
+def test_the_example_of_a_format_converts(published, vlms, tmp_path, monkeypatch, name):
+    case = next(case for case in CASES if case == name or case.startswith(f"{name}-"))
+    write, options, _ = CASES[case]
+    plain = convert
+    with_example = lambda format_name, source, config, out: plain(
+        format_name, source, tiny(name, config), out
+    )
+    monkeypatch.setitem(globals(), "convert", with_example)
+    made = write(published, vlms, tmp_path, *options)
+    assert made.report.complete
+    assert any(sentence.startswith("action_horizon ") for sentence in made.report.assumed)
+    policy = Policy.from_pretrained(made.run)
+    chunk = policy.predict(published.example(3, state=policy.spec.state is not None), seed=0)
+    assert np.isfinite(chunk).all()
