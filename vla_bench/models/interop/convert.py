@@ -17,17 +17,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
+from transformers import AutoConfig
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from ...config import Config, ConfigError, cli_errors, load_config, read_yaml, suggest
 from ...data.layout import Layout, PolicySpec, spec_to_dict
 from ...data.normalize import Normalizer, Statistics, save_statistics, statistics_hash
 from ...files import read_json, write_json, write_whole_folder
-from ..backbones.processor import model_type
+from ..backbones.processor import load_processor, model_type
 from ..frameworks.build import build_framework
 from ..frameworks.framework import Framework
 from vla_bench.models.interop.checkpoint_formats import (
@@ -364,8 +365,8 @@ def convert(
     unused = chosen.unused(theirs) if chosen.unused else {}
     if settings.state and STATE_ENCODER in unused:
         raise ConfigError(f"policy.state: {unused[STATE_ENCODER]}; leave it out")
+    check_image_size(section, settings)
     framework, report = load_converted(chosen, tensors, section, settings, unused)
-    check_image_size(framework, settings)
     assumed += on_trust(chosen, theirs, cfg, section)
     report = replace(report, assumed=tuple(assumed))
     spec, statistics = converted_spec(settings, framework.horizon, files.statistics)
@@ -461,18 +462,18 @@ def vision_sizes(config: Mapping[str, Any]) -> set[int]:
     return found
 
 
-def check_image_size(framework: Framework, settings: PolicySettings) -> None:
-    """Raises `ConfigError` when the processor makes images of another size than the vision encoder reads."""
+def check_image_size(section: Mapping[str, Any], settings: PolicySettings) -> None:
+    """Raises `ConfigError` when a processor of transformers makes images of another size than its vision encoder reads."""
+    base = (section.get("vlm") or {}).get("base_vlm")
+    if base is None or model_type(base) not in PROCESSOR_MAPPING_NAMES:
+        return  # a composed backbone resizes images itself, to the size of its encoders
     blank = Image.new("RGB", tuple(reversed(settings.image_size)))
-    sample: dict[str, Any] = {"image": [blank] * len(settings.cameras), "lang": "go"}
-    if settings.state:
-        sample["state"] = np.zeros(len(settings.state["names"]), np.float32)
-    pixels = framework.prepare([sample])["inputs"].get("pixel_values")
-    expected = vision_sizes(framework.vlm.model.config.to_dict())
-    if pixels is not None and pixels.ndim >= 4 and expected and pixels.shape[-1] not in expected:
+    pixels = load_processor(base).image_processor(images=[blank], return_tensors="pt")["pixel_values"]
+    expected = vision_sizes(AutoConfig.from_pretrained(base).to_dict())
+    if pixels.ndim >= 4 and expected and pixels.shape[-1] not in expected:
         raise ConfigError(
-            f"the processor of framework.vlm.base_vlm makes images of {pixels.shape[-1]} pixels, its vision encoder "
-            f"reads {min(expected)}: set size in preprocessor_config.json, or name another base_vlm"
+            f"{base}: its processor makes images of {pixels.shape[-1]} pixels, its vision encoder reads "
+            f"{min(expected)}: set size in its preprocessor_config.json, or name another base_vlm"
         )
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #d2816edd
