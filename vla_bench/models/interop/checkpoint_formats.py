@@ -649,6 +649,7 @@ OPENVLA_SECTION = {
 # %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #f51475d1
 _PRISMATIC = "prismatic/extern/hf/configuration_prismatic.py, modeling_prismatic.py"
 OPENVLA_KEYS = (
+    *_only("", _PRISMATIC, model_type="openvla"),
     *_keys("", _PRISMATIC, n_action_bins="action_model.num_bins", pad_to_multiple_of="action_model.skip"),
     *_only("", _PRISMATIC, arch_specifier="no-align+fused-gelu-mlp", image_resize_strategy="resize-naive"),
     *_only("", _PRISMATIC, use_fused_vision_backbone=True, timm_override_act_layers=[None, None]),
@@ -748,6 +749,8 @@ _OF_DIT = {
 _OF_VL = {"num_layers": "action_model.num_vl_layers", "num_attention_heads": "action_model.num_vl_heads"}
 N15_KEYS = (
     *_keys("", "gr00t/model/gr00t_n1.py", action_horizon="action_horizon", action_dim="max_action_dim"),
+    *_only("", "gr00t/model/gr00t_n1.py, gr00t_n1d7.py", model_type="gr00t_n1_5", use_alternate_vl_dit=False),
+    *_only("", "gr00t/model/gr00t_n1d7/gr00t_n1d7.py", state_history_length=1),
     *_keys(_GR00T, _GR00T_FILE, **_OF_HEAD),
     *_only(_GR00T, _GR00T_FILE, num_timestep_buckets=TIME_BUCKETS, add_pos_embed=True, use_vlln=True),
     *_only(_GR00T, _GR00T_FILE, **_NOISE_KEYS),
