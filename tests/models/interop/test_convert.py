@@ -194,6 +194,12 @@ def test_the_horizon_is_listed_as_taken_on_trust(openpi, tmp_path, published):
     assert any(sentence.startswith("action_model.num_heads") for sentence in report.assumed)
 
 
+def test_the_prompt_of_a_pi05_is_taken_on_trust(openpi, tmp_path):
+    format_name, source, config = openpi
+    report = convert(format_name, source, config, tmp_path / "run")
+    assert any("discrete_state_input" in said for said in report.assumed) == (format_name == "openpi_pi05")
+
+
 def test_weights_of_the_other_pi_are_recognised(openpi, tmp_path):
     format_name, source, config = openpi
     other = {"openpi_pi0": "openpi_pi05", "openpi_pi05": "openpi_pi0"}[format_name]

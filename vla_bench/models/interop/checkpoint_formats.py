@@ -10,7 +10,7 @@ __all__ = ['Names', 'OPENPI', 'OPENPI_IGNORE', 'OPENPI_KEYS', 'PI0_KEYS', 'PI05_
            'ALL_CROSS', 'FIRST_FAST_TOKEN', 'OPENVLA', 'OPENVLA_IGNORE', 'OPENVLA_SECTION', 'OPENVLA_KEYS',
            'NEW_EMBODIMENT', 'GR00T_HEAD_SIZES', 'GR00T_SECTION', 'GR00T_NAMES', 'N15_KEYS', 'CHECKPOINT_FORMATS',
            'ConfigKey', 'CheckpointFormat', 'resolve', 'last_block', 'unwrapped', 'count_blocks', 'openpi_sizes',
-           'under', 'section_of', 'given_numbers', 'renamed', 'value_at', 'check_keys', 'settings_of',
+           'complete_pi05', 'under', 'section_of', 'given_numbers', 'renamed', 'value_at', 'check_keys', 'settings_of',
            'starvla_section', 'includes_state', 'alternates', 'complete_pi', 'starvla_gr00t', 'starvla_pi',
            'unused_state', 'unused_by_flow', 'unused_by_pi', 'flow_sizes', 'pi_sizes', 'residual_sizes', 'starvla_oft',
            'starvla_fast', 'gr00t_head', 'gr00t_sizes', 'list_formats']
@@ -182,6 +182,17 @@ OPENPI_KEYS = (
     *_only("", _LEROBOT, use_relative_actions=False),
 )
 _STATE_IN_PROMPT = "openpi/models/pi0_config.py, tokenizer.py"
+
+
+def complete_pi05(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],  # of the checkpoint, which do not tell
+) -> tuple[dict[str, Any], list[str]]:
+    """The configuration as it is, and that the prompt was assumed to hold the state: openpi's LIBERO run has none there."""
+    assumed = "the prompt holds the state in bins (discrete_state_input: true); openpi's pi05_libero was trained without"
+    return dict(config), [] if "discrete_state_input" in config else [assumed]
+
+
 PI0_KEYS = (*OPENPI_KEYS, *_only("", _STATE_IN_PROMPT, type="pi0", pi05=False, discrete_state_input=False))
 PI05_KEYS = (*OPENPI_KEYS, *_only("", _STATE_IN_PROMPT, type="pi05", pi05=True, discrete_state_input=True))
 
@@ -787,7 +798,12 @@ CHECKPOINT_FORMATS: dict[str, CheckpointFormat] = {
         "π0: openpi (PyTorch), LeRobot", "PI0", **_OPENPI, keys=PI0_KEYS, marks=("action_time_mlp_in",)
     ),
     "openpi_pi05": CheckpointFormat(
-        "π0.5: openpi (PyTorch), LeRobot", "PI05", **_OPENPI, keys=PI05_KEYS, marks=("time_mlp_in",)
+        "π0.5: openpi (PyTorch), LeRobot",
+        "PI05",
+        **_OPENPI,
+        complete=complete_pi05,
+        keys=PI05_KEYS,
+        marks=("time_mlp_in",),
     ),
     "openvla": CheckpointFormat(
         "OpenVLA on the hub",

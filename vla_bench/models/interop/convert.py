@@ -379,7 +379,10 @@ def convert(
 def _asked(cfg: Config, checkpoint_format: CheckpointFormat) -> list[str]:
     """Our own setting of what the blocks look at, as an answer to the same question of theirs."""
     mixing = value_at(cfg.section("framework").to_dict(), "action_model.interleave_self_attention")
-    return [] if mixing is None or not checkpoint_format.complete else [f"use_canonical_forward={mixing}"]
+    asks = checkpoint_format.complete and any(
+        k.ours.endswith(".interleave_self_attention") for k in checkpoint_format.keys
+    )
+    return [f"use_canonical_forward={mixing}"] if asks and mixing is not None else []
 
 
 def _completed(
