@@ -150,7 +150,7 @@ def test_every_key_can_be_corrected(format_name, key):
     assert value_at(found, key.name) == [1, 2]
 
 
-@pytest.mark.parametrize("text", ["no_such_key=1", "use_canonical_forward", "=1"])
+@pytest.mark.parametrize("text", ["no_such_key=1", "use_canonical_forward", "=1", "dropout=[1"])
 def test_a_correction_that_cannot_be_is_refused(text):
     with pytest.raises(ConfigError, match="--set"):
         correct({}, [text], CHECKPOINT_FORMATS["starvla_pi"])

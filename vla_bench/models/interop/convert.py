@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
@@ -285,7 +284,11 @@ def correct(
                 f"several keys end so: {', '.join(full)}" if full else f"no such key of this format{near}"
             )
             raise ConfigError(f"--set {key}: {either}")
-        OmegaConf.update(found, full[0], OmegaConf.create([yaml.safe_load(value)])[0], force_add=True)
+        try:
+            found = OmegaConf.merge(found, OmegaConf.from_dotlist([f"{full[0]}={value}"]))
+        except Exception as error:  # of the YAML parser, or of a section that is none
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"--set {text}: {value!r} is no value for {full[0]} ({reason})") from error
     return OmegaConf.to_container(found)
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #058c1e81
