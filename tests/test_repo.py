@@ -48,6 +48,7 @@ CROSS_CUTTING = {
     "evaluation/test_version_0_1.py": "an evaluation that version 0.1 began",
     "models/backbones/test_qwen_and_paligemma.py": "what both families keep to",
     "models/projectors/test_projectors.py": "what every projector keeps to",
+    "models/interop/test_config_keys.py": "formats and conversion: every key of every original's configuration",
     "models/heads/test_hidden_state_heads.py": "every head that reads the last layer's hidden states",
     "training/test_old_runs.py": "a run that version 0.1 wrote",
     "training/test_policy_of_a_run.py": "run and policy",

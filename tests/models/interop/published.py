@@ -150,14 +150,18 @@ def flow_tokens(w, x, bucket, state, sizes):
     return torch.cat(tokens, dim=1), dense(w, f"{embedder}.linear_2", nn.functional.silu(timestep))
 
 
-def gr00t_velocity(w, x, bucket, state, contexts, sizes):
+def gr00t_velocity(w, x, bucket, state, contexts, sizes, all_cross=False):
     tokens, timestep = flow_tokens(w, x, bucket, state, sizes)
     for i in range(2):
-        context = contexts[-1] if i % 2 == 0 else None
+        context = contexts[-1] if i % 2 == 0 or all_cross else None
         tokens = block(w, f"model.transformer_blocks.{i}", tokens, context, timestep, sizes.heads)
     shift, scale = dense(w, "model.proj_out_1", nn.functional.silu(timestep)).chunk(2, dim=-1)
     tokens = dense(w, "model.proj_out_2", norm(tokens, 1e-6) * (1 + scale[:, None]) + shift[:, None])
     return mlp(w, "action_decoder", tokens)[:, -x.shape[1] :]
+
+
+def all_cross_gr00t_velocity(w, x, bucket, state, contexts, sizes):
+    return gr00t_velocity(w, x, bucket, state, contexts, sizes, all_cross=True)
 
 
 def pi_velocity(w, x, bucket, state, contexts, sizes):

@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from vla_bench.config import Config, ConfigError, load_config
 from vla_bench.data.normalize import load_statistics
 from vla_bench.models.backbones.tiny_composed import write_tiny_component
 from vla_bench.models.frameworks.framework import Framework
-from vla_bench.models.interop.convert import convert
+from vla_bench.models.interop.checkpoint_formats import CHECKPOINT_FORMATS
+from vla_bench.models.interop.convert import convert, policy_settings
 from vla_bench.models.interop.weights import LoadReport
 from vla_bench.serving.policy import Policy
 
@@ -61,29 +64,38 @@ class Converted:
 # ---------------------------------------------------------------- StarVLA
 
 
-def starvla_gr00t(published, vlms, home, kind: str, state: bool, suffix: str) -> Converted:
+def starvla_gr00t(
+    published, vlms, home, kind: str, state: bool, suffix: str, all_cross: str = ""
+) -> Converted:
+    """With a key that `all_cross` names set to false, in a run that was given states although no action depends on them."""
     model, weights = published.hf_weights(vlms[kind])
-    sizes = published.SIZES
-    head = published.drawn(published.flow_shapes(32, sizes.inner, sizes.inner, all_cross=False))
+    sizes = starvla_gr00t_sizes(published, all_cross)
+    wide = all_cross == "interleave_self_attention"  # the odd blocks are built for the backbone's width
+    head = published.drawn(published.flow_shapes(32, sizes.inner, sizes.inner, all_cross=wide, sizes=sizes))
     dit = {"num_layers": 2, "output_dim": sizes.inner, "num_attention_heads": sizes.heads}
-    dit |= {"attention_head_dim": sizes.width // sizes.heads}
+    dit |= {"attention_head_dim": sizes.width // sizes.heads} | ({all_cross: False} if all_cross else {})
     action_model = flow_section(sizes) | {"hidden_size": sizes.inner, "diffusion_model_cfg": dit}
     run = published.starvla_run(
-        home / "theirs", weights, head, action_model, include_state=state, suffix=suffix
+        home / "theirs", weights, head, action_model, include_state=state or bool(all_cross), suffix=suffix
     )
     config = {"framework": {"vlm": {"base_vlm": str(vlms[kind])}}, "policy": published.policy_section(state)}
     report = convert("starvla_gr00t", run, config, home / "run")
     return Converted(published, home / "run", report, head, model, state)
 
 
-def starvla_pi(published, vlms, home, alternating: bool) -> Converted:
+def starvla_gr00t_sizes(published, all_cross: str):
+    """Blocks that were built to attend to their tokens can only read a backbone of their own width."""
+    wide = all_cross == "use_canonical_forward"
+    return published.FlowSizes(width=32, heads=4) if wide else published.SIZES
+
+
+def starvla_pi(published, vlms, home, alternating: bool, **keys) -> Converted:
     sizes = starvla_pi_sizes(published, alternating)
     model, weights = published.hf_weights(vlms["qwen2_5_vl"])
     head = published.drawn(published.flow_shapes(32, 1024, 32, all_cross=True, sizes=sizes))
-    action_model = flow_section(sizes)
-    if alternating:
-        dit = {"num_attention_heads": 2, "attention_head_dim": 16}
-        action_model |= {"layerwise_attention_layout": "alternating", "diffusion_model_cfg": dit}
+    dit = {"num_attention_heads": 2, "attention_head_dim": 16} if alternating else {}
+    layout = {key: keys.pop(key) for key in ("layerwise_attention_layout",) if key in keys}
+    action_model = flow_section(sizes) | layout | {"diffusion_model_cfg": dit | keys}
     run = published.starvla_run(home / "theirs", weights, head, action_model, include_state=True)
     framework = {"vlm": {"base_vlm": str(vlms["qwen2_5_vl"])}}
     config = {"framework": framework, "policy": published.policy_section(alternating)}
@@ -252,12 +264,30 @@ def openvla(published, vlms, home) -> Converted:
 
 # ---------------------------------------------------------------- every case
 
+PI = [  # (name, whether the odd blocks attend to the action tokens, what the run's configuration says of it)
+    ("silent", True, {}),
+    ("interleaved", True, {"interleave_self_attention": True}),
+    ("canonical", True, {"use_canonical_forward": True}),
+    ("both", True, {"interleave_self_attention": True, "use_canonical_forward": True}),
+    ("legacy", False, {"use_canonical_forward": False}),
+    ("all_cross", False, {"interleave_self_attention": False}),
+    ("canonical_all_cross", False, {"interleave_self_attention": False, "use_canonical_forward": True}),
+    ("interleaved_legacy", False, {"interleave_self_attention": True, "use_canonical_forward": False}),
+    ("layout_all_cross", False, {"layerwise_attention_layout": "legacy_all_cross"}),
+    ("layout_alternating", True, {"layerwise_attention_layout": "alternating"}),
+]
+
+
+def pi_case(alternating: bool, **keys) -> Callable[..., Converted]:
+    return lambda published, vlms, home: starvla_pi(published, vlms, home, alternating, **keys)
+
 
 CASES: dict[str, tuple[Callable[..., Converted], tuple, int | None]] = {  # and how many tensors are left out
     "starvla_gr00t": (starvla_gr00t, ("qwen2_5_vl", True, "pt"), 0),
     "starvla_gr00t-stateless": (starvla_gr00t, ("qwen3_vl", False, "safetensors"), 4),
-    "starvla_pi": (starvla_pi, (False,), 9),
-    "starvla_pi-alternating": (starvla_pi, (True,), 4),
+    "starvla_gr00t-legacy": (starvla_gr00t, ("qwen2_5_vl", False, "pt", "use_canonical_forward"), 5),
+    "starvla_gr00t-all_cross": (starvla_gr00t, ("qwen2_5_vl", False, "pt", "interleave_self_attention"), 5),
+    **{f"starvla_pi-{name}": (pi_case(alternating, **keys), (), None) for name, alternating, keys in PI},
     "starvla_oft": (starvla_oft, (True,), None),
     "starvla_oft-stateless": (starvla_oft, (False,), None),
     "starvla_fast": (starvla_fast, (), 0),
@@ -307,9 +337,25 @@ def test_starvla_gr00t_computes_the_same(converted, published, case):
     assert (expected - noise).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("alternating", [False, True])
-def test_starvla_pi_computes_the_same(converted, published, alternating):
-    made = converted("starvla_pi-alternating" if alternating else "starvla_pi")
+@pytest.mark.parametrize(
+    ("case", "key"),
+    [
+        ("starvla_gr00t-legacy", "use_canonical_forward"),
+        ("starvla_gr00t-all_cross", "interleave_self_attention"),
+    ],
+)
+def test_starvla_gr00t_without_alternation_computes_the_same(converted, published, case, key):
+    made, noise = converted(case), published.noise()
+    state = torch.from_numpy(published.example()["state"])[None]  # it must change nothing
+    sizes, velocity = starvla_gr00t_sizes(published, key), published.all_cross_gr00t_velocity
+    expected = published.euler(velocity, made.weights, noise, state, made.states(), sizes)
+    assert (made.actions(noise) - expected).abs().max() < 1e-5
+    assert (expected - noise).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("name", "alternating", "keys"), PI)
+def test_starvla_pi_computes_the_same(converted, published, name, alternating, keys):
+    made = converted(f"starvla_pi-{name}")
     noise, sizes = published.noise(), starvla_pi_sizes(published, alternating)
     velocity = published.alternating_velocity if alternating else published.pi_velocity
     state = torch.from_numpy(published.example()["state"])[None]  # without alternation it must change nothing
@@ -326,6 +372,64 @@ def test_starvla_oft_has_the_prompt(converted, published, state):
     numbers = f" [STATE] {' '.join(map(str, bins))} [ACTION]" if state else ""
     queries = f"Please predict the next {T} robot actions: <action>{'🔍' * T}<action>."
     assert f"Your task is open the drawer{numbers} {queries}. Think." in text
+
+
+@pytest.mark.parametrize("name", ["silent", "interleaved"])
+def test_what_no_file_says_of_starvla_pi_is_stated(converted, name):
+    made = converted(f"starvla_pi-{name}")
+    assert "before 2026-06-16" in made.report.assumed[0]
+    assert made.report.assumed[0] in str(made.report)
+    record = json.loads((made.run / "conversion.json").read_text())
+    assert record["assumed"] == list(made.report.assumed)
+
+
+@pytest.mark.parametrize("name", ["legacy", "all_cross", "canonical", "both", "layout_alternating"])
+def test_what_the_file_of_starvla_pi_says_is_no_assumption(converted, name):
+    assert not any("2026" in sentence for sentence in converted(f"starvla_pi-{name}").report.assumed)
+
+
+@pytest.fixture(scope="module")
+def undecided(published, vlms, tmp_path_factory):
+    """A QwenPI run whose configuration is silent and that has no future tokens, which would tell; and our configuration."""
+    sizes = starvla_pi_sizes(published, True)
+    _, weights = published.hf_weights(vlms["qwen2_5_vl"])
+    head = published.drawn(published.flow_shapes(32, 1024, 32, all_cross=True, sizes=sizes))
+    head = {
+        name: t for name, t in head.items() if "future_tokens" not in name and "state_encoder" not in name
+    }
+    dit = {"num_attention_heads": 2, "attention_head_dim": 16}
+    action_model = flow_section(sizes) | {"num_target_vision_tokens": 0, "diffusion_model_cfg": dit}
+    run = published.starvla_run(
+        tmp_path_factory.mktemp("pi") / "theirs", weights, head, action_model, include_state=False
+    )
+    framework = {"vlm": {"base_vlm": str(vlms["qwen2_5_vl"])}}
+    return run, {"framework": framework, "policy": published.policy_section(False)}, head
+
+
+def test_an_undecided_starvla_pi_is_refused(undecided, tmp_path):
+    run, config, _ = undecided
+    with pytest.raises(ConfigError, match="--set use_canonical_forward=true"):
+        convert("starvla_pi", run, config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("how", ["short", "dotted", "ours"])
+@pytest.mark.parametrize("alternating", [True, False])
+def test_the_user_decides_an_undecided_starvla_pi(undecided, published, tmp_path, alternating, how):
+    run, config, head = undecided
+    dotted, answer = "framework.action_model.diffusion_model_cfg.", f"use_canonical_forward={alternating}"
+    corrections = {"short": [answer], "dotted": [dotted + answer], "ours": []}[how]
+    if how == "ours":
+        own = {"interleave_self_attention": alternating}
+        config = {**config, "framework": {**config["framework"], "action_model": own}}
+    report = convert("starvla_pi", run, config, tmp_path / "run", corrections)
+    made = Converted(published, tmp_path / "run", report, head, state=False)
+    made.model = published.hf_weights(config["framework"]["vlm"]["base_vlm"])[0]
+    noise, sizes = published.noise(), starvla_pi_sizes(published, True)
+    w = head | {"future_tokens.weight": torch.empty(0, sizes.width)}
+    velocity = published.alternating_velocity if alternating else published.pi_velocity
+    expected = published.euler(velocity, w, noise, None, made.states(), sizes)
+    assert (made.actions(noise) - expected).abs().max() < 1e-5
 
 
 def state_bins(state: np.ndarray) -> np.ndarray:
@@ -446,3 +550,58 @@ def test_openvla_puts_the_image_behind_the_first_token(converted):
 
 def test_openvla_counts_its_action_tokens_from_the_last_token(converted):
     assert converted("openvla").framework.token_ids[0] == 448 - 64 - 1
+
+
+# ---------------------------------------------------------------- the example configurations
+
+EXAMPLES = Path(__file__).parents[3] / "experiments/configs/convert"
+UNSEEN = ("num_heads", "num_vl_heads", "tokenizer", "first_token_id", "max_tokens", "adaptive_norm")
+
+
+def tiny(name: str, config: dict) -> Config:
+    """The example of a format with the names, images and backbone of the synthetic checkpoint; sizes are left to its tensors."""
+    merged = OmegaConf.load(EXAMPLES / f"{name}.yaml")
+    framework, policy = config["framework"], config["policy"]
+    for key in ("vlm", "action_horizon"):
+        if key in framework:
+            merged.framework[key] = framework[key]
+    own = {k: v for k, v in framework.get("action_model", {}).items() if k in UNSEEN}
+    if name == "openpi_pi0" or name == "openpi_pi05":
+        own = {}  # one head of keys shows how many there are
+    if own:
+        merged.framework.action_model = own
+    for key in ("action", "state", "image_size", "normalization", "statistics", "dataset"):
+        merged.policy.pop(key, None)
+        if key in policy:
+            merged.policy[key] = policy[key]
+    merged.policy.cameras = policy["cameras"]
+    return load_config(OmegaConf.to_container(merged))
+
+
+def test_every_format_has_an_example():
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(CHECKPOINT_FORMATS)
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FORMATS)
+def test_the_example_of_a_format_is_whole(name):
+    cfg = load_config(EXAMPLES / f"{name}.yaml")
+    settings = policy_settings(cfg)
+    assert settings.cameras and settings.action["names"] and settings.control_rate > 0
+    assert cfg.section("framework").to_dict()["vlm"]
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FORMATS)
+def test_the_example_of_a_format_converts(published, vlms, tmp_path, monkeypatch, name):
+    case = next(case for case in CASES if case == name or case.startswith(f"{name}-"))
+    write, options, _ = CASES[case]
+    plain = convert
+    with_example = lambda format_name, source, config, out: plain(
+        format_name, source, tiny(name, config), out
+    )
+    monkeypatch.setitem(globals(), "convert", with_example)
+    made = write(published, vlms, tmp_path, *options)
+    assert made.report.complete
+    assert any(sentence.startswith("action_horizon ") for sentence in made.report.assumed)
+    policy = Policy.from_pretrained(made.run)
+    chunk = policy.predict(published.example(3, state=policy.spec.state is not None), seed=0)
+    assert np.isfinite(chunk).all()

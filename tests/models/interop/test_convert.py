@@ -1,14 +1,19 @@
 """The conversion of a checkpoint to a run folder: all or nothing, with every fault on one line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
+from vla_bench.config import ConfigError
 from vla_bench.data.normalize import Normalizer, load_statistics, save_statistics
 from vla_bench.models.interop.checkpoint_formats import CHECKPOINT_FORMATS
 from vla_bench.models.interop.convert import PolicySettings, convert, converted_spec, main
+
+EXPERT = "paligemma_with_expert.gemma_expert"
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +135,106 @@ def test_the_program_lists_the_formats(capsys):
 def test_a_missing_configuration_is_one_line(capsys):
     error = stopped(capsys, ["--format", "openpi_pi0", "x", "--config", "no.yaml", "--out", "y"])
     assert error.startswith("error: ") and error.count("\n") == 1
+
+
+# ---------------------------------------------------------------- what the tensors show, and what nothing shows
+
+
+@pytest.fixture(scope="module", params=["openpi_pi0", "openpi_pi05"])
+def openpi(request, published, vlms, tmp_path_factory):
+    """Weights of a π0 or a π0.5 with their statistics, and a configuration without any size: (format, folder, config)."""
+    home = tmp_path_factory.mktemp(request.param)
+    weights = published.drawn(published.openpi_shapes(vlms["paligemma"], request.param == "openpi_pi05"))
+    embedding = weights[f"{published.PALIGEMMA}.model.language_model.embed_tokens.weight"]
+    weights[f"{published.PALIGEMMA}.lm_head.weight"] = embedding.clone()
+    save_file(weights, home / "model.safetensors")
+    statistics = {"actions": published.column(published.D), "state": published.column(published.S)}
+    (home / "norm_stats.json").write_text(json.dumps({"norm_stats": statistics}))
+    framework = {"vlm": {"base_vlm": str(vlms["paligemma"])}, "action_horizon": published.T}
+    return request.param, home, {"framework": framework, "policy": published.policy_section()}
+
+
+def converted_section(run) -> dict:
+    return OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))["framework"]
+
+
+def test_the_sizes_of_openpi_are_those_of_its_tensors(openpi, tmp_path):
+    format_name, source, config = openpi
+    assert convert(format_name, source, config, tmp_path / "run").complete
+    found = converted_section(tmp_path / "run")
+    head = found["action_model"]
+    assert (found["max_action_dim"], found.get("max_state_dim")) == (
+        8,
+        8 if format_name == "openpi_pi0" else None,
+    )
+    assert (head["hidden_size"], head["intermediate_size"]) == (16, 24)
+    shapes = {name: t.shape for name, t in load_file(source / "model.safetensors").items()}
+    rows = [shapes[f"{EXPERT}.model.layers.0.self_attn.{n}_proj.weight"][0] for n in "qk"]
+    assert head["num_heads"] * rows[1] == rows[0]
+
+
+@pytest.mark.parametrize("key", ["chunk_size", "action_horizon"])
+def test_the_horizon_is_read_from_the_configuration_beside_the_weights(openpi, tmp_path, key):
+    format_name, source, config = openpi
+    framework = {"vlm": config["framework"]["vlm"]}
+    (source / "config.json").write_text(json.dumps({key: 7, "num_inference_steps": 3}))
+    try:
+        report = convert(format_name, source, {**config, "framework": framework}, tmp_path / "run")
+    finally:
+        (source / "config.json").unlink()
+    found = converted_section(tmp_path / "run")
+    assert (found["action_horizon"], found["action_model"]["num_inference_timesteps"]) == (7, 3)
+    assert "action_horizon 7, from the checkpoint's config.json" in report.assumed
+
+
+def test_the_horizon_is_listed_as_taken_on_trust(openpi, tmp_path, published):
+    format_name, source, config = openpi
+    report = convert(format_name, source, config, tmp_path / "run")
+    assert f"taken on trust: action_horizon {published.T}, from your configuration" in str(report)
+    assert any(sentence.startswith("action_model.num_heads") for sentence in report.assumed)
+
+
+def test_the_prompt_of_a_pi05_is_taken_on_trust(openpi, tmp_path):
+    format_name, source, config = openpi
+    report = convert(format_name, source, config, tmp_path / "run")
+    assert any("discrete_state_input" in said for said in report.assumed) == (format_name == "openpi_pi05")
+
+
+def test_weights_of_the_other_pi_are_recognised(openpi, tmp_path):
+    format_name, source, config = openpi
+    other = {"openpi_pi0": "openpi_pi05", "openpi_pi05": "openpi_pi0"}[format_name]
+    with pytest.raises(ConfigError, match=f"use --format {format_name}$"):
+        convert(other, source, config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["QwenGR00T", "QwenPI", "QwenFast", "QwenPI_v3"])
+def test_a_run_of_another_framework_is_recognised(oft, tmp_path, name):
+    source, config = oft
+    theirs = OmegaConf.load(source / "config.yaml")
+    shutil.copytree(source, tmp_path / "theirs")
+    theirs.framework.name = name
+    OmegaConf.save(theirs, tmp_path / "theirs/config.yaml")
+    with pytest.raises(ConfigError, match=f"a run of StarVLA's {name}, not of QwenOFT"):
+        convert("starvla_oft", tmp_path / "theirs", config, tmp_path / "run")
+
+
+def test_a_processor_for_another_image_size_is_named(openpi, vlms, tmp_path):
+    format_name, source, config = openpi
+    shutil.copytree(vlms["paligemma"], tmp_path / "vlm")
+    for path in (tmp_path / "vlm").glob("*processor_config.json"):
+        text = path.read_text()
+        path.write_text(text.replace('"height": 32', '"height": 64').replace('"width": 32', '"width": 64'))
+    config = {**config, "framework": {**config["framework"], "vlm": {"base_vlm": str(tmp_path / "vlm")}}}
+    with pytest.raises(ConfigError, match=r"makes images of 64 pixels, its vision encoder reads 32"):
+        convert(format_name, source, config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_correction_is_given_on_the_command_line(oft, tmp_path, capsys):
+    source, config = oft
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "ours.yaml")
+    words = ["--format", "starvla_oft", str(source), "--config", str(tmp_path / "ours.yaml")]
+    main([*words, "--out", str(tmp_path / "run"), "--set", "action_horizon=3"])
+    assert "action_horizon 3, from the checkpoint's config.yaml" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/conversion.json").read_text())["corrections"] == ["action_horizon=3"]

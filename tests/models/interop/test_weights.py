@@ -195,3 +195,22 @@ def test_an_index_names_no_file_outside_its_folder(sharded):
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="expected a file in this folder"):
         read_weights(sharded)
+
+
+@pytest.mark.parametrize("beside", [{}, {"step": 5, "note": "x"}])
+def test_the_only_dictionary_of_a_file_is_taken(tmp_path, beside):
+    torch.save({"sd": {"x": torch.ones(2)}, **beside}, tmp_path / "only.pt")
+    assert list(read_weights(tmp_path / "only.pt")) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"a": {"x": torch.ones(1)}, "b": {"x": torch.ones(1)}}, "several dictionaries: a, b"),
+        ({"a": {"x": torch.ones(1)}, "y": torch.ones(1)}, "tensors beside a dictionary: a"),
+    ],
+)
+def test_a_file_with_more_than_one_is_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "more.pt")
+    with pytest.raises(ValueError, match=message):
+        read_weights(tmp_path / "more.pt")

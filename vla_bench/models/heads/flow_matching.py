@@ -269,11 +269,18 @@ class FlowMatchingHead(DiTFlowHead):
         mlp_size: int | None = None,  # inner width of state encoder and action decoder; None is hidden_size
         output_size: int | None = None,  # width between transformer and decoder; None is hidden_size
         compile: bool = False,  # compile the sampler, on a GPU into a CUDA graph
+        interleave_self_attention: bool = True,  # False: every block looks at the backbone, none at the tokens
     ):
         check_sizes(hidden_size, num_heads, {"num_layers": num_layers})
+        if not interleave_self_attention and (sizes.state_dim or num_future_tokens):
+            raise ValueError(
+                f"interleave_self_attention is false: no block reads the state ({sizes.state_dim} numbers) or the "
+                f"num_future_tokens={num_future_tokens}; leave the state out and set num_future_tokens to 0"
+            )
+        looks = {"interleave": interleave_self_attention, "output": output_size}
         super().__init__(
             sizes,
-            dit=DiT(hidden_size, num_heads, num_layers, sizes.hidden_size, dropout, output=output_size),
+            dit=DiT(hidden_size, num_heads, num_layers, sizes.hidden_size, dropout, **looks),
             width=hidden_size,
             output=output_size or hidden_size,
             num_future_tokens=num_future_tokens,

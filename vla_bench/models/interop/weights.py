@@ -78,14 +78,18 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 # %% ../../../nbs/models/interop/00_weights.ipynb #4b5462e9
 def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
-    """The dictionary of tensors itself, or the one under `state_dict`, `model` or `module`."""
+    """The dictionary of tensors itself, or the one under `state_dict`, `model`, `module` or an only key."""
     for key in ("state_dict", "model", "module"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
-    if nested := [key for key, value in content.items() if isinstance(value, Mapping)]:
-        raise ValueError(f"{path} holds several dictionaries: {', '.join(map(str, nested))}; save one")
+    nested = [key for key, value in content.items() if isinstance(value, Mapping)]
+    if len(nested) == 1 and not any(isinstance(value, Tensor) for value in content.values()):
+        return _tensors(path, content[nested[0]])
+    if nested:
+        what = "several dictionaries" if len(nested) > 1 else "tensors beside a dictionary"
+        raise ValueError(f"{path} holds {what}: {', '.join(map(str, nested))}; save one")
     return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
 
 # %% ../../../nbs/models/interop/00_weights.ipynb #ad3b6c5b
@@ -264,6 +268,7 @@ class LoadReport:
     wrong_shape: tuple[str, ...]  # our names whose source has another shape
     ignored: tuple[str, ...] = ()  # their names that were left out on purpose
     notes: Mapping[str, str] = field(default_factory=dict)  # a remark per missing or wrongly shaped name
+    assumed: tuple[str, ...] = ()  # what neither the weights nor their configuration could confirm
 
     @property
     def complete(self) -> bool:
@@ -282,6 +287,7 @@ class LoadReport:
             lines += [f"  {name}{self.notes.get(name, '')}" for name in names[:SHOWN]]
             lines += [f"  and {len(names) - SHOWN} more"] * (len(names) > SHOWN)
         lines += [f"{len(self.ignored)} left out on purpose"] * bool(self.ignored)
+        lines += [f"taken on trust: {sentence}" for sentence in self.assumed]
         return "\n".join(lines)
 
 

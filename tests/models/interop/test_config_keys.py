@@ -1,0 +1,262 @@
+"""Every key of the originals' configurations that changes the arithmetic is read, or refused when it is another."""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+
+from vla_bench.config import ConfigError, load_config
+from vla_bench.models.interop.checkpoint_formats import CHECKPOINT_FORMATS, ConfigKey, value_at
+from vla_bench.models.interop.convert import check_policy, correct, original_settings, policy_settings
+
+ALL = [(name, key) for name, chosen in CHECKPOINT_FORMATS.items() for key in chosen.keys]
+READ = [(name, key) for name, key in ALL if key.ours and not key.ours.startswith("policy.")]
+ONLY = [(name, key) for name, key in ALL if not key.ours]
+MIXING = "action_model.interleave_self_attention"
+OTHERS = {  # another value than the one in `base`, where adding one makes none
+    "base_vlm": "another",
+    "CoT_prompt": "Do {instruction}",
+    "action_model_type": "DiT-L",
+    "interleave_self_attention": False,
+    "use_canonical_forward": False,
+    "layerwise_attention_layout": "legacy_all_cross",
+}
+TENSORS = {  # of a QwenPI
+    "action_model.model.transformer_blocks.0.attn1.to_q.weight": torch.empty(64, 64),
+    "action_model.state_encoder.layer1.weight": torch.empty(1, 1),
+    "action_model.future_tokens.weight": torch.empty(1, 1),
+}
+
+
+def ids(pair: Any) -> str:
+    return pair.name if isinstance(pair, ConfigKey) else str(pair)
+
+
+def put(config: dict, name: str, value: Any) -> dict:
+    """The configuration with a value at a dotted name."""
+    config = section = deepcopy(config)
+    *place, last = name.split(".")
+    for part in place:
+        section = section.setdefault(part, {})
+    section[last] = value
+    return config
+
+
+def base(format_name: str, key: ConfigKey) -> dict:
+    """As little as a configuration may say; the length of a chunk by the key in question where it is one."""
+    if not CHECKPOINT_FORMATS[format_name].original:
+        return {}
+    config = put({}, "framework.qwenvl.base_vlm", "Qwen/Qwen2.5-VL-3B-Instruct")
+    length = "future_action_window_size" if key.name.endswith("window_size") else "action_horizon"
+    return put(config, f"framework.action_model.{length}", 4)
+
+
+def section(format_name: str, config: dict) -> dict:
+    chosen = CHECKPOINT_FORMATS[format_name]
+    original_settings(chosen, config)  # as `convert` does before it reads any weight
+    if chosen.complete:
+        config, _ = chosen.complete(config, TENSORS)
+    return original_settings(chosen, config)
+
+
+def another(key: ConfigKey, before: dict) -> Any:
+    last = key.name.rpartition(".")[2]
+    return OTHERS[last] if last in OTHERS else (value_at(before, key.name) or 2) + 3
+
+
+def test_every_format_lists_its_keys_with_a_source():
+    assert all(chosen.keys for chosen in CHECKPOINT_FORMATS.values())
+    assert all(key.source for _, key in ALL)
+    for name, chosen in CHECKPOINT_FORMATS.items():
+        names = [key.name for key in chosen.keys]
+        assert len(set(names)) == len(names), name
+
+
+@pytest.mark.parametrize(("format_name", "key"), READ, ids=ids)
+def test_a_key_that_is_read_changes_our_section(format_name, key):
+    before = base(format_name, key)
+    after = put(before, key.name, another(key, before))
+    assert value_at(section(format_name, before), key.ours) != value_at(section(format_name, after), key.ours)
+
+
+@pytest.mark.parametrize(("format_name", "key"), ONLY, ids=ids)
+def test_a_key_that_is_not_read_is_refused_with_another_value(format_name, key):
+    value = {bool: not key.default, str: "other", list: [1, 1]}.get(type(key.default), 7)
+    with pytest.raises(ConfigError, match=rf"{key.name} is .* only built with"):
+        original_settings(CHECKPOINT_FORMATS[format_name], put(base(format_name, key), key.name, value))
+
+
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize(("format_name", "key"), ONLY, ids=ids)
+def test_a_key_that_is_not_read_may_have_the_original_s_default(format_name, key, silent):
+    before = base(format_name, key)
+    after = put(before, key.name, None if silent else key.default)
+    assert section(format_name, after) == section(format_name, before)
+
+
+NOT_TEXT = [(name, key) for name, key in READ if key.ours not in ("vlm.base_vlm", "prompt")]
+
+
+@pytest.mark.parametrize(("format_name", "key"), NOT_TEXT, ids=ids)
+def test_a_key_of_another_kind_is_one_line(format_name, key):
+    before = base(format_name, key)
+    with pytest.raises(ValueError, match=key.name.rpartition(".")[2]) as error:
+        section(format_name, put(before, key.name, {"a": "mapping"}))
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- keys of the section policy
+
+
+def policy(published, **change):
+    return policy_settings(load_config({"policy": published.policy_section(**change)}))
+
+
+STARVLA = [name for name, chosen in CHECKPOINT_FORMATS.items() if chosen.original]
+
+
+@pytest.mark.parametrize("format_name", STARVLA)
+def test_the_state_is_read_where_the_run_was_given_one(format_name):
+    chosen, key = CHECKPOINT_FORMATS[format_name], CHECKPOINT_FORMATS[format_name].keys[0]
+    given = put(base(format_name, key), "datasets.vla_data.include_state", True)
+    without = put(given, "datasets.vla_data.include_state", False)
+    differs = chosen.unused(given) != chosen.unused(without)
+    assert differs or format_name == "starvla_fast"  # QwenFast reads no state in either
+
+
+def test_another_image_size_than_that_of_the_run_is_refused(published):
+    with pytest.raises(ConfigError, match=r"image_size is \[32, 32\], the run was made with \[64, 64\]"):
+        check_policy({"datasets": {"vla_data": {"obs_image_size": [64, 64]}}}, policy(published))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("MEAN_STD", "mean_std"), ("QUANTILES", "q99"), ("MIN_MAX", "min_max")]
+)
+def test_lerobot_s_normalisation_has_to_be_ours(published, theirs, ours):
+    settings = policy(published)
+    settings.normalization["state"] = ours
+    check_policy({"normalization_mapping": {"STATE": theirs}}, settings)
+    with pytest.raises(ConfigError, match=rf"policy.normalization.state is '{ours}', .* says IDENTITY"):
+        check_policy({"normalization_mapping": {"STATE": "IDENTITY"}}, settings)
+
+
+# ---------------------------------------------------------------- corrections
+
+
+@pytest.mark.parametrize(("format_name", "key"), ALL, ids=ids)
+def test_every_key_can_be_corrected(format_name, key):
+    found = correct({}, [f"{key.name}=[1, 2]"], CHECKPOINT_FORMATS[format_name])
+    assert value_at(found, key.name) == [1, 2]
+
+
+@pytest.mark.parametrize("text", ["no_such_key=1", "use_canonical_forward", "=1", "dropout=[1"])
+def test_a_correction_that_cannot_be_is_refused(text):
+    with pytest.raises(ConfigError, match="--set"):
+        correct({}, [text], CHECKPOINT_FORMATS["starvla_pi"])
+
+
+# ---------------------------------------------------------------- configurations as they are published
+
+DIT = {
+    "attention_head_dim": 48,
+    "cross_attention_dim": 2048,
+    "dropout": 0.2,
+    "final_dropout": True,
+    "interleave_self_attention": True,
+    "norm_type": "ada_norm",
+    "num_attention_heads": 32,
+    "num_layers": 16,
+    "output_dim": 1024,
+    "positional_embeddings": None,
+}
+HEAD = {
+    "action_dim": 32,
+    "add_pos_embed": True,
+    "diffusion_model_cfg": DIT,
+    "hidden_size": 1024,
+    "max_seq_len": 1024,
+    "noise_beta_alpha": 1.5,
+    "noise_beta_beta": 1.0,
+    "noise_s": 0.999,
+    "num_inference_timesteps": 4,
+    "num_target_vision_tokens": 32,
+    "num_timestep_buckets": 1000,
+}
+LEROBOT = {
+    "n_obs_steps": 1,
+    "chunk_size": 50,
+    "n_action_steps": 50,
+    "max_state_dim": 32,
+    "max_action_dim": 32,
+    "empty_cameras": 0,
+    "tokenizer_max_length": 200,
+}
+PUBLISHED = {
+    "openpi_pi0": LEROBOT
+    | {"type": "pi0", "resize_imgs_with_padding": [224, 224], "num_steps": 10, "adapt_to_pi_aloha": False},
+    "openpi_pi05": LEROBOT
+    | {"type": "pi05", "image_resolution": [224, 224], "num_inference_steps": 10, "dtype": "float32"}
+    | {"min_period": 4e-3, "max_period": 4.0, "time_sampling_beta_alpha": 1.5, "time_sampling_beta_beta": 1.0}
+    | {"time_sampling_scale": 0.999, "time_sampling_offset": 0.001, "rtc_config": None},
+    "openvla": {
+        "model_type": "openvla",
+        "arch_specifier": "no-align+fused-gelu-mlp",
+        "image_resize_strategy": "resize-naive",
+        "image_sizes": [224, 224],
+        "llm_backbone_id": "llama2-7b-pure",
+        "vision_backbone_id": "dinosiglip-vit-so-224px",
+        "n_action_bins": 256,
+        "pad_to_multiple_of": 64,
+        "timm_override_act_layers": [None, None],
+        "use_fused_vision_backbone": True,
+    },
+    "gr00t_n15": {
+        "action_dim": 32,
+        "action_horizon": 16,
+        "model_type": "gr00t_n1_5",
+        "backbone_cfg": {"project_to_dim": None, "reproject_vision": False, "select_layer": 12},
+        "action_head_cfg": HEAD
+        | {"input_embedding_dim": 1536, "max_state_dim": 64, "use_vlln": True, "model_dtype": "float32"}
+        | {"vl_self_attention_cfg": {"attention_head_dim": 64, "num_attention_heads": 32, "num_layers": 4}},
+    },
+    "starvla_gr00t": {
+        "framework": {
+            "name": "QwenGR00T",
+            "qwenvl": {"base_vlm": "Qwen/Qwen2.5-VL-3B-Instruct", "attn_implementation": "flash_attention_2"},
+            "action_model": HEAD | {"action_model_type": "DiT-L", "action_horizon": 8, "state_dim": 7},
+        }
+    },
+}
+SAID = {  # what they say in our words, as far as it decides the sizes
+    "openpi_pi0": {"action_horizon": 50, "max_action_dim": 32, "action_model.num_inference_timesteps": 10},
+    "openpi_pi05": {"action_horizon": 50, "max_state_dim": 32, "action_model.num_inference_timesteps": 10},
+    "openvla": {"action_model.num_bins": 256, "action_model.skip": 64},
+    "gr00t_n15": {
+        "action_horizon": 16,
+        "action_model.hidden_size": 1536,
+        "action_model.mlp_size": 1024,
+        "action_model.num_heads": 32,
+        "action_model.num_vl_heads": 32,
+        "max_state_dim": 64,
+    },
+    "starvla_gr00t": {"action_horizon": 8, "action_model.hidden_size": 1536, "action_model.num_heads": 32},
+}
+
+
+@pytest.mark.parametrize("format_name", PUBLISHED)
+def test_a_published_configuration_is_read(format_name):
+    found = original_settings(CHECKPOINT_FORMATS[format_name], PUBLISHED[format_name])
+    assert {name: value_at(found, name) for name in SAID[format_name]} == SAID[format_name]
+
+
+@pytest.mark.parametrize(("given", "other"), [("openpi_pi0", "openpi_pi05"), ("openpi_pi05", "openpi_pi0")])
+def test_the_configuration_of_the_other_pi_is_refused(given, other):
+    with pytest.raises(ConfigError, match="type is"):
+        original_settings(CHECKPOINT_FORMATS[given], PUBLISHED[other])
+
+
+def test_the_configuration_of_a_newer_gr00t_is_refused():
+    newer = {"model_type": "Gr00tN1d7", "use_alternate_vl_dit": True}
+    with pytest.raises(ConfigError, match="model_type is 'Gr00tN1d7'"):
+        original_settings(CHECKPOINT_FORMATS["gr00t_n15"], newer)
