@@ -456,16 +456,20 @@ def make_optimizer(
 # %% ../../nbs/training/25_run.ipynb #9c8cbae3
 def set_up(cfg: Config) -> Run:
     """A run at its beginning, or at its newest checkpoint. Raises `ConfigError` before anything is written."""
+    cfg.require_sections()
     settings = cfg.section("trainer").into(TrainerSettings)
+    cfg.section("datasets").require_names(["vla_data"])
     require_whole("framework.action_horizon", cfg["framework"]["action_horizon"], least=1)
     sources = cfg.section("datasets.vla_data").into(DataSettings)
-    model = cfg.section("framework").to_dict()
+    model = cfg.section("framework").to_dict(added=False)
     check_dtype(model)
     top = RunSettings(cfg["run_root_dir"], cfg["run_id"], cfg["seed"] if "seed" in cfg else 0)
     seed, folder = top.seed, Path(top.run_root_dir) / top.run_id
     data = open_data(sources, cfg["framework"]["action_horizon"], seed)
     cfg.require_read()
     accelerator = make_accelerator(settings)
+    if unread := cfg.unread():
+        accelerator.print(f"note: nothing reads these keys of the configuration: {', '.join(unread)}")
     checkpoint = find_resume(cfg, folder, settings.resume)
     set_seed(seed)
     framework = load_framework(model, data, checkpoint)
