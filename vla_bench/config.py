@@ -7,14 +7,16 @@ Docs: https://vla-bench.github.io/vla_bench/config.html.md"""
 # %% auto #0
 __all__ = ['Settings', 'KEY_ALIASES', 'MODULE_ALIASES', 'MODULE_LISTS', 'NAMES', 'NAME_MAPPINGS', 'NOT_YET', 'ADDING', 'SECTIONS',
            'OTHER_PROGRAMS', 'ConfigError', 'require', 'is_number', 'require_whole', 'canonical_key',
-           'canonical_modules', 'parse_overrides', 'letters_apart', 'Config', 'read_yaml', 'load_config', 'cli_errors',
-           'parse_cli']
+           'canonical_modules', 'override_words', 'parse_overrides', 'letters_apart', 'Config', 'read_yaml',
+           'load_config', 'check_parameters', 'cli_errors', 'parse_cli']
 
 # %% ../nbs/20_config.ipynb #ea2b0baf
 import argparse
+import ast
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -90,12 +92,60 @@ def canonical_modules(value: Any) -> Any:
         return [_canonical_path(path) if isinstance(path, str) else path for path in value]
     return value
 
+# %% ../nbs/20_config.ipynb #0350741f
+def _bracket_end(text: str, start: int) -> int:
+    """Where the bracket that opens at `start` is closed, one past it. Raises `ConfigError` when it is not."""
+    depth, quote = 0, ""
+    for place, letter in enumerate(text[start:], start):
+        if quote or letter in "'\"":
+            quote = "" if letter == quote else quote or letter
+        else:
+            depth += (letter in "[{") - (letter in "]}")
+        if depth == 0:
+            return place + 1
+    raise ConfigError(f"overrides: {text[start:]!r} opens a bracket or a quote that is not closed")
+
+
+def _shell_words(text: str) -> list[str]:
+    """The words of one text by a shell's rules; a value in brackets is one word. Raises `ConfigError`."""
+    quoted, place, quote = "", 0, ""
+    while place < len(text):
+        letter, before, end = text[place], text[place - 1 : place], place + 1
+        if not quote and letter in "[{" and (not before or before in "= \t\n"):
+            end = _bracket_end(text, place)
+            quoted += shlex.quote(text[place:end])
+        else:
+            quoted += letter
+            if letter in "'\"":
+                quote = "" if letter == quote else quote or letter
+        place = end
+    try:
+        return shlex.split(quoted)
+    except ValueError as error:
+        raise ConfigError(f"overrides {text!r} cannot be taken apart: {str(error).lower()}") from error
+
+
+def override_words(
+    overrides: str | Sequence[str],  # command-line words, or one text of them
+) -> list[str]:
+    """Overrides as words of a command line. Raises `ConfigError` for what is neither a text nor a list of texts."""
+    if isinstance(overrides, str):
+        return _shell_words(overrides)
+    expected = 'a text such as "seed=1 run_id=mine", or a list of such words'
+    require(isinstance(overrides, (list, tuple)), "overrides", expected, overrides)
+    for word in overrides:
+        require(isinstance(word, str), "overrides", f"{expected}; a word that is no text", word)
+    return list(overrides)
+
 # %% ../nbs/20_config.ipynb #1a9a61d0
+_KEY = re.compile(r"\+?[^\s.=+\[\]{}]+(\.[^\s.=\[\]{}]+)*")
+
+
 def parse_overrides(
-    words: str | Sequence[str],  # command-line words, or one string of them as papermill passes it
+    words: str | Sequence[str],  # as in `override_words`
 ) -> dict[str, str]:  # dotted key to the text of its value, in order
     """Overrides in either spelling as a dictionary. Raises `ConfigError` for stray words and missing values."""
-    words = words.split() if isinstance(words, str) else list(words)
+    words = override_words(words)
     found: dict[str, str] = {}
     while words:
         word = words.pop(0)
@@ -104,6 +154,8 @@ def parse_overrides(
             if not word.startswith("--"):
                 raise ConfigError(f"{word!r} is no override; write --key value or key=value")
             value = words.pop(0) if words and not words[0].startswith("--") else ""
+        if not _KEY.fullmatch(key):
+            raise ConfigError(f"{word!r} is no override: {key!r} is not a dotted key such as trainer.seed")
         if not value.strip():
             raise ConfigError(
                 f"{key!r} has no value; write --{key} VALUE (null for none, true or false for a switch)"
@@ -647,11 +699,36 @@ def load_config(
         value = _typed(spelling, given[spelling], _select(tree, key))
         value = canonical_modules(value) if key in MODULE_LISTS else value
         _make_room(tree, key)
-        OmegaConf.update(tree, key, value, force_add=True)
+        try:
+            OmegaConf.update(tree, key, value, force_add=True)
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"{spelling}={given[spelling]}: not a value that can be set ({reason})"
+            ) from error
         _canonical_framework(tree)
         spellings[key] = spelling
     asked = {key: spelt for key, spelt in spellings.items() if key not in free and key not in added}
     return Config(tree, overrides=asked, where=where, in_file=in_file, added=added)
+
+# %% ../nbs/20_config.ipynb #eacab8fa
+_INJECTED = "# Parameters\n"  # the first line of papermill's cell
+
+
+def check_parameters(
+    namespace: Mapping[str, Any],  # globals() of a notebook
+    **known: type | tuple[type, ...],  # its parameters, and the types that each may have
+) -> None:
+    """Raises `ConfigError` for a parameter from papermill that the notebook does not have, or of another type."""
+    for cell in namespace.get("In", ()):
+        for node in ast.parse(cell).body if cell.startswith(_INJECTED) else ():
+            for name in (target.id for target in node.targets if isinstance(target, ast.Name)):
+                if name not in known:
+                    raise ConfigError(f"this notebook has no parameter {name!r}{suggest(name, known)}")
+    for name, kind in known.items():
+        if not isinstance(value := namespace[name], kind):
+            way = f"papermill passes a text as it is with -r {name} VALUE"
+            raise ConfigError(f"parameter {name} is {value!r}, not of the type that is expected; {way}")
 
 # %% ../nbs/20_config.ipynb #0758c6c2
 @contextmanager
