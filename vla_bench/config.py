@@ -563,7 +563,8 @@ def unread(self: Config) -> list[str]:
 
 @patch
 def require_sections(self: Config) -> None:
-    """Raises `ConfigError` for a misspelt section, and for a key of something that is not in this version."""
+    """Raises `ConfigError` for a misspelt section, a key of something that is not in this version, a broken `${…}`."""
+    _resolved(self._tree, self._where)
     for key in NOT_YET:
         _refuse_not_yet(key, _select(self._tree, key), self._where)
     for key in self._in_file:

@@ -19,7 +19,7 @@ REFUSED = [
         for value in ("-1", "0.5", "true")
     ),
     ("trainer.warmup_steps", "6"),
-    *((f"trainer.{key}", value) for key in RATES for value in ("nan", "inf", "-1e-3", "0")),
+    *((f"trainer.{key}", value) for key in RATES for value in ("nan", "inf", "-1e-3")),
     *(("trainer.gradient_clipping", value) for value in ("nan", ".nan", "inf", "-.inf", "0", "-1")),
     *(("trainer.weight_decay", value) for value in ("nan", "inf", "-0.1")),
     *(("trainer.min_lr_ratio", value) for value in ("nan", "-0.1", "1.1")),
@@ -152,3 +152,10 @@ def test_a_run_without_a_name_is_refused_with_the_way_to_quote_it(config, tmp_pa
     with pytest.raises(ConfigError, match="run_id"):
         set_up(load_config(file))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("key", ["notes.author", "evaluation.tasks", "trainer.weight_decay", "run_id"])
+def test_a_reference_to_nothing_is_refused_before_a_folder_is_made(config, tmp_path, key):
+    with pytest.raises(ConfigError, match="nowhere"):
+        set_up(config([f"+{key}=${{nowhere}}" if key == "notes.author" else f"{key}=${{nowhere}}"]))
+    assert list(tmp_path.iterdir()) == []

@@ -84,14 +84,14 @@ def test_a_section_of_a_dataclass_takes_no_other_name(file, section, name):
 def test_any_other_unread_key_is_listed_once(file, capsys):
     set_up(file({"notes.author": "me", "color": "blue"}))
     assert (
-        capsys.readouterr().out.count("nothing reads these keys of the configuration: color, notes.author")
+        capsys.readouterr().err.count("nothing reads these keys of the configuration: color, notes.author")
         == 1
     )
 
 
 def test_nothing_is_listed_for_a_file_that_is_read_as_a_whole(file, capsys):
     set_up(file({"evaluation.episodes": 2}))
-    assert "nothing reads" not in capsys.readouterr().out
+    assert "nothing reads" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_feature_that_is_not_there_yet_says_so(file, tmp_path, key, value, way
 @pytest.mark.parametrize("key", ["trainer.pretrained_checkpoint", "trainer.reload_modules", "wandb_project"])
 def test_a_feature_that_is_not_asked_for_is_no_fault(file, key, capsys):
     assert set_up(file({key: None})).step == 0
-    assert "nothing reads" not in capsys.readouterr().out
+    assert "nothing reads" not in capsys.readouterr().err
 
 
 ADDED = [
@@ -147,7 +147,7 @@ def test_the_section_extra_lands_in_the_snapshot_and_may_be_overridden(file, cap
     run = set_up(cfg)
     assert cfg.extra.to_dict() == {"mine": {"depth": 4}, "sed": 1, "other": 5}
     assert yaml.safe_load((run.folder / "config.yaml").read_text())["extra"] == cfg.extra.to_dict()
-    assert "nothing reads" not in capsys.readouterr().out
+    assert "nothing reads" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["extra.depht", "extra.mine.dept"])
@@ -181,4 +181,4 @@ def test_the_shipped_configurations_have_no_unread_key(path, framework):
 def test_a_head_that_is_not_trained_is_not_unread(file, capsys):
     heads = {"heads.OFT": {"type": "MLP", "hidden_size": 32}, "heads.PI": {"type": "LayerwiseFlowMatching"}}
     set_up(file({**heads, "framework.action_model": "${heads.${framework.name}}"}))
-    assert "nothing reads" not in capsys.readouterr().out
+    assert "nothing reads" not in capsys.readouterr().err

@@ -12,6 +12,7 @@ __all__ = ['COUNTS', 'FIELDS', 'FREE_KEYS', 'TrainerSettings', 'DataSettings', '
 
 # %% ../../nbs/training/25_run.ipynb #grun0002
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,8 +74,7 @@ class TrainerSettings:
             require_whole(f"trainer.{key}", vars(self)[key], least)
         for path, rate in flat_learning_rates(self.learning_rate).items():
             key = ".".join(filter(None, ("trainer.learning_rate", path)))
-            expected = "a positive, finite number (trainer.freeze_modules keeps a module as it is)"
-            require(is_number(rate) and rate > 0, key, expected, rate)
+            require(is_number(rate) and rate >= 0, key, "a finite number, not below 0", rate)
         frozen = self.freeze_modules
         paths = frozen if isinstance(frozen, (list, tuple)) else [frozen or ""]
         texts = all(isinstance(path, str) for path in paths)
@@ -469,7 +469,8 @@ def set_up(cfg: Config) -> Run:
     cfg.require_read()
     accelerator = make_accelerator(settings)
     if unread := cfg.unread():
-        accelerator.print(f"note: nothing reads these keys of the configuration: {', '.join(unread)}")
+        text = f"note: nothing reads these keys of the configuration: {', '.join(unread)}"
+        accelerator.print(text, file=sys.stderr)  # stdout is for the run folder
     checkpoint = find_resume(cfg, folder, settings.resume)
     set_seed(seed)
     framework = load_framework(model, data, checkpoint)
