@@ -92,7 +92,14 @@ def test_settings_that_python_makes_are_checked_too(settings, values, key):
 
 @pytest.mark.parametrize(
     "values",
-    [{"warmup_steps": 0}, {"warmup_steps": 5}, {"num_workers": 0}, {"min_lr_ratio": 1.0}, {"betas": (0, 0)}],
+    [
+        {"warmup_steps": 0},
+        {"learning_rate": {"base": 1e-3, "vlm": 0}},
+        {"warmup_steps": 5},
+        {"num_workers": 0},
+        {"min_lr_ratio": 1.0},
+        {"betas": (0, 0)},
+    ],
 )
 def test_the_ends_of_a_range_are_taken(values):
     assert vars(TrainerSettings(max_train_steps=6, **values)).items() >= values.items()
