@@ -50,8 +50,10 @@ CROSS_CUTTING = {
     "models/projectors/test_projectors.py": "what every projector keeps to",
     "models/interop/test_config_keys.py": "formats and conversion: every key of every original's configuration",
     "models/heads/test_hidden_state_heads.py": "every head that reads the last layer's hidden states",
+    "training/test_bounds.py": "config, run and rollout: values that cannot be meant",
     "training/test_old_runs.py": "a run that version 0.1 wrote",
     "training/test_policy_of_a_run.py": "run and policy",
+    "training/test_unread_keys.py": "config, run and rollout: keys that nothing reads",
     "viz/test_recording.py": "the recording that the pages show",
 }
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))

@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ..benchmarks.benchmark import Benchmark, check_policy
+from ..config import require, require_whole
 from ..data.layout import PolicySpec
 from .statistics import summarize
 from vla_bench.evaluation.workers import (
@@ -54,9 +55,17 @@ class EvaluationSettings:
     def __post_init__(self):
         least = {"episodes": 1, "num_envs": 1, "n_action_steps": 1, "max_steps": 1}
         for name, smallest in {**least, "videos_per_task": 0, "first_seed": 0}.items():
-            value = vars(self)[name]
-            if value is not None and value < smallest:
-                raise ValueError(f"evaluation.{name} must be at least {smallest}, got {value}")
+            if name != "max_steps" or self.max_steps is not None:
+                require_whole(f"evaluation.{name}", vars(self)[name], smallest)
+        end = self.first_seed + self.episodes
+        require(
+            end <= 2**32,
+            "evaluation.first_seed",
+            "so that every scene's seed is below 4294967296",
+            self.first_seed,
+        )
+        once = len(set(self.tasks)) == len(self.tasks)  # an episode that counts twice narrows the interval
+        require(once, "evaluation.tasks", "tasks, none of them twice", self.tasks)
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #3c34e765
 class EvaluatedPolicy(Protocol):
