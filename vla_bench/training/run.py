@@ -7,38 +7,62 @@ Docs: https://vla-bench.github.io/vla_bench/training/run.html.md"""
 # %% auto #0
 __all__ = ['FREE_KEYS', 'TrainerSettings', 'DataSettings', 'Data', 'open_data', 'policy_spec', 'check_processes',
            'make_accelerator', 'differences', 'find_resume', 'check_dtype', 'inside', 'check_ranges', 'load_framework',
-           'Run', 'progress', 'restore', 'start_folder', 'make_optimizer', 'set_up', 'save', 'finish']
+           'Run', 'progress', 'check_data', 'restore', 'start_folder', 'make_optimizer', 'set_up', 'save', 'finish']
 
 # %% ../../nbs/training/25_run.ipynb #grun0002
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, set_seed
+from accelerate.state import AcceleratorState
+from accelerate.state import GradientState
+from accelerate.utils import DistributedType
+from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import gather_object
+from accelerate.utils import set_seed
 from fastcore.basics import patch
-
-from ..config import Config, ConfigError, load_config
+from ..config import Config
+from ..config import ConfigError
+from ..config import load_config
 from ..data.layout import PolicySpec
 from ..data.lerobot import LeRobotDataset
-from ..data.normalize import Normalizer, save_statistics, statistics_hash
+from ..data.normalize import Normalizer
+from ..data.normalize import save_statistics
+from ..data.normalize import statistics_hash
+from ..files import Kind
+from ..files import check_fields
+from ..files import check_not_in_use
+from ..files import hold_folder
+from ..files import naming
+from ..files import sync
 from ..models.frameworks.build import build_framework
 from ..models.frameworks.framework import Framework
 from ..settings import get_setting
-from vla_bench.training.checkpoint import (
-    latest_checkpoint,
-    load_progress,
-    load_trainer,
-    remove_leftovers,
-    rng_state,
-    save_checkpoint,
-)
-from .loop import AugmentedView, BatchSampler, split_episodes
-from .optim import freeze_modules, parameter_groups, warmup_cosine
+from .checkpoint import check_checkpoint
+from .checkpoint import check_finite
+from .checkpoint import checkpoint_step
+from .checkpoint import data_identity
+from .checkpoint import identity_differences
+from .checkpoint import last_good_checkpoint
+from .checkpoint import latest_checkpoint
+from .checkpoint import load_progress
+from .checkpoint import load_trainer
+from .checkpoint import remove_leftovers
+from .checkpoint import rng_state
+from .checkpoint import save_checkpoint
+from .checkpoint import set_aside
+from .checkpoint import touched_videos
+from .loop import AugmentedView
+from .loop import BatchSampler
+from .loop import split_episodes
+from .optim import freeze_modules
+from .optim import parameter_groups
+from .optim import warmup_cosine
 
 # %% ../../nbs/training/25_run.ipynb #c8f85b2d
 @dataclass
@@ -61,7 +85,10 @@ class TrainerSettings:
     eval_interval: int = 500
     save_interval: int = 1000
     eval_samples: int = 1024  # held-out frames per evaluation, evenly spread
-    resume: bool = False  # continue the run that the folder holds
+    resume: Any = (
+        False  # true: continue the run that the folder holds; last_good: from its newest whole checkpoint
+    )
+    verify: bool = False  # remember, and compare on a restart, every byte of the dataset's videos
 
     def __post_init__(self):
         if self.mixed_precision not in ("no", "bf16"):
@@ -191,7 +218,15 @@ def make_accelerator(settings: TrainerSettings) -> Accelerator:
     return accelerator
 
 # %% ../../nbs/training/25_run.ipynb #30bd6114
-FREE_KEYS = ("resume", "num_workers", "log_interval", "eval_interval", "eval_samples", "save_interval")
+FREE_KEYS = (
+    "resume",
+    "verify",
+    "num_workers",
+    "log_interval",
+    "eval_interval",
+    "eval_samples",
+    "save_interval",
+)
 
 
 def differences(
@@ -221,12 +256,21 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def find_resume(
     cfg: Config,
     run: Path,  # the run folder
-    resume: bool,  # trainer.resume
+    resume: bool | str,  # trainer.resume: true, false, or "last_good"
 ) -> Path | None:  # the checkpoint to continue from, None to start
-    """Whether and where to continue. Raises `ConfigError` for a run that must not be touched. Only reads."""
+    """Whether and where to continue. Only reads.
+
+    Raises `ConfigError` for a run that must not be touched, `FolderInUseError` for one that another process trains,
+    and `ValueError` or `FileNotFoundError` that names the file for a damaged checkpoint.
+    """
+    mode = str(resume).lower()
+    if mode not in ("true", "false", "last_good"):
+        raise ConfigError(f"trainer.resume is {resume!r}; expected true, false or last_good")
+    if os.environ.get("RANK", "0") == "0":  # the others ask for nothing that the first one holds
+        check_not_in_use(run)
     if not (run / "config.yaml").exists() and not (run / "checkpoints").exists():
         return None
-    if not resume:
+    if mode == "false":
         raise ConfigError(
             f"{run} already holds a run; continue it with --trainer.resume true, "
             "write elsewhere with --run_id NAME, or delete the folder yourself"
@@ -236,7 +280,16 @@ def find_resume(
             f"{run} was trained with another configuration: {'; '.join(differing)}. "
             "Use the same values, or write elsewhere with --run_id NAME"
         )
-    return latest_checkpoint(run)
+    if mode == "last_good":
+        return last_good_checkpoint(run)
+    if newest := latest_checkpoint(run):
+        try:
+            check_checkpoint(newest, resume=True)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; --trainer.resume last_good goes on from the newest whole one"
+            ) from error
+    return newest
 
 # %% ../../nbs/training/25_run.ipynb #112dbf70
 def check_dtype(section: Mapping[str, Any]) -> None:  # `framework` of the configuration
@@ -284,7 +337,9 @@ def load_framework(
 ) -> Framework:
     """The framework in float32. Raises `ConfigError` when it does not fit the data's horizon or normalisation."""
     if checkpoint:
-        framework = Framework.from_pretrained(checkpoint)
+        with naming(checkpoint):
+            framework = Framework.from_pretrained(checkpoint)
+        check_finite(framework, checkpoint / "model.safetensors")
     else:
         framework = build_framework(
             section, action_dim=data.train.action_layout.dim, state_dim=data.state_dim
@@ -314,6 +369,11 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     view: AugmentedView  # the training data, addressed by (position, row)
     step: int = 0  # optimizer steps done
+
+    @cached_property
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What tells the dataset from another one; read once, at the start."""
+        return data_identity(self.data.train.files, verify=self.settings.verify)
 
 # %% ../../nbs/training/25_run.ipynb #774d4c83
 @patch
@@ -345,6 +405,35 @@ def progress(run: Run) -> dict[str, Any]:
         "statistics_hash": run.spec.statistics_hash,
     }
 
+# %% ../../nbs/training/25_run.ipynb #run00021
+_IDENTITY: dict[str, Kind] = {"metadata": dict, "columns": dict, "videos": dict}
+_VIDEO: dict[str, Kind] = {"size": int, "modified_ns": int, "sample": str, "sha256?": str}
+
+
+def check_data(run: Run, checkpoint: Path, saved: Any) -> None:
+    """Raises `ValueError` naming the files in which the dataset differs from the one that the checkpoint saw."""
+    if saved is None:
+        print(
+            f"{checkpoint.name} does not say which data it saw, so that they are the same could not be checked"
+        )
+        return
+    where = f"{checkpoint / 'trainer/progress.json'}: 'data'"
+    if not isinstance(saved, dict):
+        raise ValueError(f"{where} is {saved!r:.60}, expected an object")
+    check_fields(saved, _IDENTITY, where)
+    for name, video in saved["videos"].items():
+        check_fields({name: video}, {name: _VIDEO}, where)
+    if lines := identity_differences(saved, run.identity):
+        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise ValueError(
+            f"{checkpoint} cannot be continued, it was trained on other data: in {run.data.train.files.root} "
+            f"{'; '.join(lines[:3])}{more}; restore the data, or start another run with --run_id NAME"
+        )
+    if touched := touched_videos(saved, run.identity):
+        print(
+            f"{len(touched)} video files have another time of modification and the same content as far as was read"
+        )
+
 # %% ../../nbs/training/25_run.ipynb #8bb00d58
 def restore(run: Run, checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Optimizer, schedule, generators and place, from a checkpoint. Raises `ValueError` when it is another run's."""
@@ -358,13 +447,31 @@ def restore(run: Run, checkpoint: Path, optimizer: torch.optim.Optimizer) -> Non
     if differing:
         raise ValueError(f"{checkpoint} cannot be continued: {'; '.join(differing)}")
     rank = run.accelerator.process_index
+    if rank == 0:
+        check_data(run, checkpoint, saved.get("data"))
     load_trainer(checkpoint, optimizer=optimizer, scheduler=run.scheduler, rank=rank)
 
 # %% ../../nbs/training/25_run.ipynb #e714e621
 def start_folder(run: Run, cfg: Config) -> None:
-    """Writes what a run folder has before the first step; drops what a killed process left unfinished."""
+    """Writes what a run folder has before the first step; drops what a killed process left unfinished.
+
+    The folder is held as long as the run lives. Raises `FolderInUseError` while another process trains there, and
+    `ConfigError` when one did since this run looked.
+    """
     run.folder.mkdir(parents=True, exist_ok=True)
+    sync(run.folder.parent)
+    hold_folder(run.folder, run)
+    newest = latest_checkpoint(run.folder)
+    last_good = str(run.settings.resume).lower() == "last_good"
+    if last_good:
+        for name in set_aside(run.folder, run.step):
+            print(f"set aside as {name}")
+    elif newest and checkpoint_step(newest) > run.step:
+        raise ConfigError(f"{run.folder} has got {newest.name} since this run began to read it; start again")
     remove_leftovers(run.folder)
+    _ = run.identity  # what the data are now, before the first step
+    if last_good:  # told once, for this start
+        cfg = load_config(cfg.to_dict(), "--trainer.resume true")
     cfg.save(run.folder / "config.yaml")
     save_statistics(run.folder / "dataset_statistics.json", run.data.statistics)
 
@@ -427,7 +534,7 @@ def save(run: Run) -> None:
             optimizer=run.optimizer,
             scheduler=run.scheduler,
             rng=rng,
-            progress=progress(run),
+            progress={**progress(run), "data": run.identity},
         )
     accelerator.wait_for_everyone()
 
