@@ -373,6 +373,7 @@ def load_config(
     if not OmegaConf.has_resolver("settings"):
         OmegaConf.register_resolver("settings", get_setting)
     where = "configuration" if isinstance(source, Mapping) else str(source)
+    where += "/config.yaml" if where == str(source) and Path(source).is_dir() else ""
     tree = _canonical_tree(
         OmegaConf.create(source) if isinstance(source, Mapping) else read_yaml(source), where
     )

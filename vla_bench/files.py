@@ -249,11 +249,16 @@ def manifest_differences(
     folder: Path,
     *,
     verify: bool = False,  # compare every byte, however large the folder is
+    without: str | None = None,  # a folder in it that is not looked at
 ) -> list[str]:  # "model.safetensors has other content than when it was saved"
     """What differs from the manifest; empty without a manifest. Raises `ValueError` for a damaged manifest."""
     listed, found = read_manifest(folder), _visible_files(folder)
     if not listed:
         return []
+    if without:
+        listed, found = (
+            {n: v for n, v in d.items() if not n.startswith(f"{without}/")} for d in (listed, found)
+        )
     whole = verify or sum(entry["size"] for entry in listed.values()) <= ALWAYS_VERIFIED
     lines = [f"{name} was added" for name in found if name not in listed and "/" in name]
     for name, entry in listed.items():
@@ -266,9 +271,9 @@ def manifest_differences(
     return lines
 
 
-def check_manifest(folder: Path, *, verify: bool = False) -> None:
-    """Raises `ValueError` that names each file that differs from the manifest. A folder without one passes."""
-    if lines := manifest_differences(folder, verify=verify):
+def check_manifest(folder: Path, *, verify: bool = False, without: str | None = None) -> None:
+    """Raises `ValueError` that names the files that differ from the manifest. A folder without one passes."""
+    if lines := manifest_differences(folder, verify=verify, without=without):
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise ValueError(
             f"{folder} is not as it was saved: {'; '.join(lines[:3])}{more}; restore it, or delete its {MANIFEST} "

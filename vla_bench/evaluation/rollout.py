@@ -312,7 +312,13 @@ def with_current_keys(
     return {**fingerprint, "protocol": renamed} if renamed else dict(fingerprint)
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #0cf7a8f3
-_EPISODE: dict[str, Kind] = {"task": str, "episode": int, "success": bool, "steps": int, "seed?": int}
+_EPISODE: dict[str, Kind] = {
+    "task": str,
+    "episode": int,
+    "success": bool,
+    "steps": int,
+    **{"seed?": int, "predictions?": int, "actions?": str},
+}
 
 
 def read_episodes(
@@ -362,7 +368,7 @@ def _check_same_evaluation(folder: Path, fingerprint: Mapping[str, Any]) -> None
     stored = with_current_keys(read_json(known, {"protocol?": dict}))
     if lines := fingerprint_differences(fingerprint, stored):
         raise ValueError(
-            f"{folder} holds episodes of another evaluation:\n  " + "\n  ".join(lines) +
+            f"{folder} holds episodes of another evaluation ({known.name}):\n  " + "\n  ".join(lines) +
             f"\nMove or delete that folder, or evaluate into another one (rm -r {folder})"
         )  # fmt: skip
 

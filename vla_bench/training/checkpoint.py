@@ -240,13 +240,13 @@ def read_spec(checkpoint: Path) -> PolicySpec:
 def check_checkpoint(
     checkpoint: Path,
     *,
-    resume: bool = False,  # also what a training needs, and every byte
+    resume: bool = False,  # with `trainer/`, which a policy does not read, and every byte
     verify: bool = False,  # every byte
 ) -> None:
     """Raises `ValueError` or `FileNotFoundError`, in one line that names the file, for a checkpoint that is not whole."""
     needed = ["model.safetensors", "framework.json", "policy.json"]
     needed += ["trainer/optimizer.pt", "trainer/rng.json", "trainer/progress.json"] if resume else []
-    check_manifest(checkpoint, verify=verify or resume)
+    check_manifest(checkpoint, verify=verify or resume, without=None if resume else "trainer")
     if resume and not (checkpoint / "trainer").exists():
         load_progress(checkpoint)  # says that it can be served
     if missing := [name for name in needed if not (checkpoint / name).is_file()]:
