@@ -8,16 +8,23 @@ import json
 import os
 import random
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vla_bench.benchmarks.point import PointReach
-from vla_bench.config import load_config
+from vla_bench.config import ConfigError, load_config
+from vla_bench.data.layout import PolicySpec
 from vla_bench.evaluation.report import report_text
 from vla_bench.evaluation.rollout import EvaluationSettings, evaluate
 from vla_bench.serving.policy import Policy
@@ -158,10 +165,6 @@ def whole(home, tmp_path_factory) -> SimpleNamespace:
 
 def stand_in_policy(fingerprint: str, point: PointReach) -> SimpleNamespace:
     """A policy for `point`, whose actions are no matter, with the fingerprint of a trained one."""
-    import numpy as np
-
-    from vla_bench.data.layout import PolicySpec
-
     spec = point.spec
     own = PolicySpec(spec.action, spec.state, spec.cameras, spec.image_size, 8, spec.control_rate,
                      {"action": "identity"}, "none", "none", spec.name)  # fmt: skip
@@ -227,3 +230,159 @@ def test_a_damaged_run_is_right_or_refused_in_one_line(
         numbers = ("model.safetensors", "optimizer.pt", "rng.json") if not manifest else ("episodes.jsonl",)
         assert damage == "flip" and Path(file).name in numbers, str(error)
     assert {p: p.read_bytes() for p in untouched} == untouched
+
+
+@pytest.fixture
+def copied(whole, tmp_path) -> Path:
+    """The run, elsewhere."""
+    run = shutil.copytree(whole.run, tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(whole.run.parent), str(tmp_path)))
+    return run
+
+
+@pytest.mark.parametrize("use", [serve, resume])
+def test_weights_of_another_step_are_refused(copied, whole, observation, use):
+    shutil.copy(copied / "checkpoints/step_000002/model.safetensors", copied / NEWEST)
+    with pytest.raises(ValueError, match="model.safetensors has other content than when it was saved"):
+        use(copied, whole, observation)
+
+
+@pytest.mark.parametrize("use", [serve, resume])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_also_without_a_manifest(
+    copied, whole, observation, use, number
+):
+    path = copied / NEWEST / "model.safetensors"
+    content = weights(copied / NEWEST)
+    next(value for value in content.values() if value.is_floating_point()).view(-1)[-1] = number
+    save_file(content, path)
+    (copied / NEWEST / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="model.safetensors: .* holds numbers that are not finite"):
+        use(copied, whole, observation)
+
+
+def test_the_optimizer_of_another_step_is_refused(copied, whole, observation):
+    shutil.copy(copied / "checkpoints/step_000002/trainer/optimizer.pt", copied / NEWEST / "trainer")
+    with pytest.raises(ValueError, match="optimizer.pt has other content .*resume last_good goes on"):
+        resume(copied, whole, observation)
+
+
+def test_a_policy_without_the_trainers_half_is_served(copied, whole, observation):
+    shutil.rmtree(copied / NEWEST / "trainer")
+    serve(copied, whole, observation)
+
+
+def test_last_good_goes_on_from_the_newest_whole_checkpoint(copied, whole, capsys):
+    torn = copied / NEWEST / "trainer/optimizer.pt"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    train(load_config(copied, "--trainer.resume last_good"))
+    assert "optimizer.pt has 1000 bytes" in capsys.readouterr().out
+    found = weights(copied / "checkpoints/step_000006")
+    assert all(torch.equal(found[key], value) for key, value in whole.finished.items())
+    names = {path.name for path in (copied / "checkpoints").iterdir()}
+    assert names == {"step_000002", "step_000004", "step_000004.damaged", "step_000006"}
+    assert load_config(copied).to_dict()["trainer"]["resume"] is True
+
+
+def test_a_changed_configuration_file_is_noticed(copied):
+    config = (copied / "config.yaml").read_text()
+    assert "weight_decay: 0.01" in config
+    (copied / "config.yaml").write_text(config.replace("weight_decay: 0.01", "weight_decay: 0.11"))
+    with pytest.raises(
+        ConfigError, match="config.yaml is not what step_000004 was trained with: trainer.weight_decay"
+    ):
+        train(load_config(copied, "--trainer.resume true"))
+
+
+HOLD = """
+import os, sys
+from vla_bench.files import hold_folder
+class Owner: pass
+owner = Owner()
+hold_folder(sys.argv[1], owner)
+print(os.getpid(), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("folder", ["", "eval/point"])
+def test_a_folder_that_another_process_writes_is_left_alone_until_that_one_is_killed(
+    copied, whole, observation, folder
+):
+    use = go_on if folder else resume
+    command = [sys.executable, "-c", HOLD, copied / folder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        pid = int(other.stdout.readline())
+        before = {p: p.read_bytes() for p in copied.rglob("*") if p.is_file()}
+        with pytest.raises(OSError, match=f"in use by process {pid} on {socket.gethostname()}"):
+            use(copied, whole, observation)
+        assert {p: p.read_bytes() for p in copied.rglob("*") if p.is_file()} == before
+        other.kill()
+    use(copied, whole, observation)
+
+
+def change_video(data: Path) -> None:
+    video = next(data.rglob("*.mp4"))
+    content = bytearray(video.read_bytes())
+    content[len(content) // 2] ^= 1
+    video.write_bytes(content)
+
+
+def change_instruction(data: Path) -> None:
+    path = data / "meta/tasks.parquet"
+    table = pq.read_table(path)
+    place = next(i for i, name in enumerate(table.column_names) if pa.types.is_string(table.schema.types[i]))
+    other = pa.array(["open the box"] * len(table))
+    pq.write_table(table.set_column(place, table.column_names[place], other), path)
+
+
+def swap_rows(data: Path) -> None:
+    path = next((data / "data").rglob("*.parquet"))
+    table = pq.read_table(path)
+    rows = [1, 0, *range(2, len(table))]
+    place = table.column_names.index("action")
+    pq.write_table(table.set_column(place, table.schema.field("action"), table["action"].take(rows)), path)
+
+
+@pytest.fixture
+def moved_data(home, tmp_path) -> tuple[Path, Path]:
+    """A run of two steps of three on a dataset of its own, and that dataset."""
+    data = shutil.copytree(home / "toy", tmp_path / "data")
+    options = "--trainer.max_train_steps 3 --trainer.save_interval 2 --datasets.vla_data.held_out 0.0"
+    run = train(
+        load_config(home / "toy.yaml", f"--run_root_dir {tmp_path} --datasets.vla_data.root {data} {options}")
+    )
+    shutil.rmtree(run / "checkpoints/step_000003")
+    return run, data
+
+
+@pytest.mark.parametrize(
+    ("change", "file"),
+    [(change_video, "mp4"), (change_instruction, "meta/tasks.parquet"), (swap_rows, "data/")],
+    ids=["video", "instruction", "rows"],
+)
+def test_a_run_is_not_continued_on_other_data(moved_data, change, file):
+    run, data = moved_data
+    change(data)
+    with pytest.raises(ValueError, match=f"trained on other data: in .*{file}.* has other content"):
+        train(load_config(run, "--trainer.resume true"))
+
+
+def test_data_that_were_only_copied_are_the_same(moved_data, capsys):
+    run, data = moved_data
+    for path in data.rglob("*.mp4"):
+        os.utime(path, (0, 0))
+    train(load_config(run, "--trainer.resume true"))
+    assert "2 video files have another time of modification" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_does_not_know_its_data_says_so(moved_data, capsys):
+    run, _ = moved_data
+    checkpoint = run / "checkpoints/step_000002"
+    progress = json.loads((checkpoint / "trainer/progress.json").read_text())
+    del progress["data"], progress["config"]
+    (checkpoint / "trainer/progress.json").write_text(json.dumps(progress))
+    (checkpoint / "manifest.json").unlink()
+    train(load_config(run, "--trainer.resume true"))
+    assert "could not be checked" in capsys.readouterr().out

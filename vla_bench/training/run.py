@@ -484,7 +484,8 @@ def start_folder(run: Run, cfg: Config) -> None:
         raise ConfigError(f"{run.folder} has got {newest.name} since this run began to read it; start again")
     remove_leftovers(run.folder)
     if last_good:  # told once, for this start
-        cfg = load_config(cfg.to_dict(), "--trainer.resume true")
+        tree = cfg.to_dict()
+        cfg = load_config({**tree, "trainer": {**tree["trainer"], "resume": True}})
     cfg.save(run.folder / "config.yaml")
     save_statistics(run.folder / "dataset_statistics.json", run.data.statistics)
     _ = run.identity, run.configuration  # as they are now, before the first step
