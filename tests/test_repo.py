@@ -49,6 +49,7 @@ CROSS_CUTTING = {
     "models/backbones/test_qwen_and_paligemma.py": "what both families keep to",
     "models/projectors/test_projectors.py": "what every projector keeps to",
     "models/heads/test_hidden_state_heads.py": "every head that reads the last layer's hidden states",
+    "training/test_damaged_runs.py": "every reader of a run folder",
     "training/test_old_runs.py": "a run that version 0.1 wrote",
     "training/test_policy_of_a_run.py": "run and policy",
     "viz/test_recording.py": "the recording that the pages show",
