@@ -195,7 +195,7 @@ def naming(path: str | Path) -> Iterator[None]:
 
 # %% ../nbs/05_files.ipynb #files030
 MANIFEST = "manifest.json"
-ALWAYS_VERIFIED = 1 << 30  # bytes of a folder up to which every byte is compared
+ALWAYS_VERIFIED = 1 << 28  # bytes of a folder up to which every byte is compared
 _ENTRY: dict[str, Kind] = {"size": int, "sample": str, "sha256": str}
 
 
