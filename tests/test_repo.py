@@ -51,6 +51,7 @@ CROSS_CUTTING = {
     "models/interop/test_config_keys.py": "formats and conversion: every key of every original's configuration",
     "models/heads/test_hidden_state_heads.py": "every head that reads the last layer's hidden states",
     "training/test_bounds.py": "config, run and rollout: values that cannot be meant",
+    "training/test_damaged_runs.py": "every reader of a run folder",
     "training/test_old_runs.py": "a run that version 0.1 wrote",
     "training/test_policy_of_a_run.py": "run and policy",
     "training/test_unread_keys.py": "config, run and rollout: keys that nothing reads",

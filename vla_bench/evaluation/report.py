@@ -15,8 +15,8 @@ from typing import Any
 
 from ..config import cli_errors
 from .rollout import read_episodes, with_current_keys
-from .statistics import summarize, wilson_interval
-from ..files import read_json
+from .statistics import summarize
+from ..files import Kind, check_fields, read_json
 
 # %% ../../nbs/evaluation/20_report.ipynb #00c9a7ec
 def load_evaluations(
@@ -34,12 +34,40 @@ def load_evaluations(
     return found
 
 
+_RATE: dict[str, Kind] = {
+    "success_rate": float,
+    "confidence_interval": [float],
+    "successes": int,
+    "episodes": int,
+    "mean_steps": (float, None),
+}
+_SUMMARY: dict[str, Kind] = {**_RATE, "mean_over_tasks": float, "per_task": dict, "fingerprint": dict}
+
+
+def _read_summary(path: Path, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`summary.json`. Raises `ValueError` naming the field, also when it does not say what the episodes say."""
+    summary = read_json(path, _SUMMARY)
+    check_fields(summary["fingerprint"], {"protocol?": dict}, f"{path}: in 'fingerprint'")
+    check_fields(summary["per_task"], {task: _RATE for task in summary["per_task"]}, f"{path}: in 'per_task'")
+    if summary["episodes"] > len(records):
+        raise ValueError(
+            f"{path} sums up {summary['episodes']} episodes, {path.with_name('episodes.jsonl')} holds {len(records)}: "
+            "evaluate again, which runs what is missing"
+        )
+    counted = summarize(records)
+    if summary["episodes"] == len(records) and (odd := [k for k in counted if counted[k] != summary[k]]):
+        raise ValueError(
+            f"{path}: {odd[0]!r} is {summary[odd[0]]!r:.60}, the episodes give {counted[odd[0]]!r:.60}: one of the two files was edited"
+        )
+    return summary
+
+
 def _load_evaluation(folder: Path) -> dict[str, Any] | None:  # None before the first episode has ended
     if not (folder / "episodes.jsonl").exists():
         return None
     records = read_episodes(folder / "episodes.jsonl")
     if (folder / "summary.json").exists():
-        summary = read_json(folder / "summary.json")
+        summary = _read_summary(folder / "summary.json", records)
         fingerprint = with_current_keys(summary["fingerprint"])
         return {**summary, "fingerprint": fingerprint, "finished": True, "records": records}
     return {**summarize(records), "finished": False, "records": records} if records else None

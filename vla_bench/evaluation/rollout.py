@@ -12,7 +12,6 @@ __all__ = ['RENAMED_PROTOCOL_KEYS', 'EvaluationSettings', 'EvaluatedPolicy', 'ch
 # %% ../../nbs/evaluation/10_rollout.ipynb #3166eacf
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,7 +33,7 @@ from vla_bench.evaluation.workers import (
     open_workers,
     ready,
 )
-from ..files import read_json, write_json, write_whole
+from ..files import Kind, append_jsonl, hold_folder, read_json, read_jsonl, write_json, write_whole
 from ..registry import BENCHMARKS, suggest
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #09a1e29e
@@ -312,30 +311,36 @@ def with_current_keys(
     return {**fingerprint, "protocol": renamed} if renamed else dict(fingerprint)
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #0cf7a8f3
+_EPISODE: dict[str, Kind] = {
+    "task": str,
+    "episode": int,
+    "success": bool,
+    "steps": int,
+    **{"seed?": int, "predictions?": int, "actions?": str},
+}
+
+
 def read_episodes(
     path: str | Path,  # episodes.jsonl
     *,
     mend: bool = False,  # cut half a line off the end of the file, before more is appended
 ) -> list[dict[str, Any]]:
-    """The finished episodes of an evaluation. Raises `ValueError` for a damaged line in the middle."""
-    path = Path(path)
-    *whole, tail = path.read_bytes().split(b"\n")  # a finished line ends in a newline; a tail is half a line
-    if tail and mend:
-        with path.open("r+b") as file:
-            file.truncate(path.stat().st_size - len(tail))
-    records = []
-    for number, line in enumerate(whole, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {line[:80]!r}") from error
+    """The finished episodes of an evaluation. Raises `ValueError` naming line and field, also for an episode twice."""
+    records = read_jsonl(path, _EPISODE, mend=mend)
+    seen: dict[tuple[str, int], int] = {}
+    for number, record in enumerate(records, 1):
+        if (first := seen.setdefault((record["task"], record["episode"]), number)) != number:
+            raise ValueError(
+                f"{path} line {number}: episode {record['episode']} of {record['task']!r} stands in line {first} already"
+            )
     return records
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #e5f87a23
 class EpisodeLog:
     """The episodes of an evaluation in `folder/episodes.jsonl`, by (task, episode).
 
-    Raises `ValueError` when the folder holds an evaluation with another fingerprint, naming what differs.
+    Raises `ValueError` when the folder holds an evaluation with another fingerprint, naming what differs, and
+    `FolderInUseError` while another process evaluates into it. The folder is held as long as the log lives.
     """
 
     def __init__(
@@ -345,6 +350,7 @@ class EpisodeLog:
     ):
         self.path, self.records = folder / "episodes.jsonl", {}
         folder.mkdir(parents=True, exist_ok=True)
+        hold_folder(folder, self)
         if not self.path.exists():
             write_json(folder / "fingerprint.json", fingerprint)
             return
@@ -358,9 +364,10 @@ def _check_same_evaluation(folder: Path, fingerprint: Mapping[str, Any]) -> None
         raise ValueError(
             f"{folder / 'episodes.jsonl'} has no fingerprint.json beside it, so it cannot be continued; move it away"
         )
-    if lines := fingerprint_differences(fingerprint, with_current_keys(read_json(known))):
+    stored = with_current_keys(read_json(known, {"protocol?": dict}))
+    if lines := fingerprint_differences(fingerprint, stored):
         raise ValueError(
-            f"{folder} holds episodes of another evaluation:\n  " + "\n  ".join(lines) +
+            f"{folder} holds episodes of another evaluation ({known.name}):\n  " + "\n  ".join(lines) +
             f"\nMove or delete that folder, or evaluate into another one (rm -r {folder})"
         )  # fmt: skip
 
@@ -369,10 +376,7 @@ def _check_same_evaluation(folder: Path, fingerprint: Mapping[str, Any]) -> None
 def append(self: EpisodeLog, record: Mapping[str, Any]) -> None:
     """One finished episode, on the disk when this returns."""
     self.records[record["task"], record["episode"]] = dict(record)
-    with self.path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_jsonl(self.path, record)
 
 
 @patch

@@ -21,15 +21,15 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..config import cli_errors
-from ..data.layout import PolicySpec, spec_from_dict, spec_to_dict
+from ..data.layout import PolicySpec, spec_to_dict
 from ..data.normalize import Normalizer, load_statistics, statistics_hash
 from ..data.sample import Sample, check_sample
-from ..files import read_json
+from ..files import file_hash, naming, read_manifest
 from ..models.attention_map import AttentionMap
 from ..models.frameworks.framework import Framework
 from ..registry import suggest
 from ..settings import get_setting
-from ..training.checkpoint import find_checkpoint
+from ..training.checkpoint import check_checkpoint, check_finite, find_checkpoint, read_spec
 
 # %% ../../nbs/serving/20_policy.ipynb #49292cde
 def load_normalizers(
@@ -44,7 +44,8 @@ def load_normalizers(
             f"dataset_statistics.json is neither in {folders[0]} nor in {folders[1]}; "
             "copy the one of the run that this checkpoint was trained in"
         )
-    statistics = load_statistics(found[0])
+    with naming(found[0]):
+        statistics = load_statistics(found[0])
     if (given := statistics_hash(statistics)) != spec.statistics_hash:
         raise ValueError(
             f"{found[0]} has the hash {given}, but {checkpoint / 'policy.json'} was trained with "
@@ -53,7 +54,8 @@ def load_normalizers(
     if spec.dataset not in statistics:
         raise ValueError(f"{found[0]} has no dataset {spec.dataset!r}{suggest(spec.dataset, statistics)}")
     fields = ("action", "state") if spec.state else ("action",)
-    return {name: Normalizer(statistics[spec.dataset][name], spec.normalization[name]) for name in fields}
+    with naming(found[0]):
+        return {name: Normalizer(statistics[spec.dataset][name], spec.normalization[name]) for name in fields}
 
 # %% ../../nbs/serving/20_policy.ipynb #3afcbca8
 def _check_images(images: Sequence[Any], spec: PolicySpec) -> None:
@@ -141,11 +143,10 @@ def _fingerprint(checkpoint: Path, spec: PolicySpec) -> str:
     loaded = [checkpoint / name for name in ("model.safetensors", "framework.json")]
     for part in ("vlm", "action_model"):
         loaded += sorted(path for path in (checkpoint / part).rglob("*") if path.is_file())
-    lines = [spec.hash]
+    listed, lines = read_manifest(checkpoint), [spec.hash]
     for path in loaded:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        lines.append(f"{path.relative_to(checkpoint).as_posix()} {digest}")
+        name = path.relative_to(checkpoint).as_posix()
+        lines.append(f"{name} {listed[name]['sha256'] if name in listed else file_hash(path)}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 # %% ../../nbs/serving/20_policy.ipynb #6c4b7e97
@@ -156,14 +157,18 @@ def from_pretrained(
     *,
     checkpoint: str | int = "latest",  # of a run: "latest", a step, or a name
     device: str = "cpu",
+    verify: bool = False,  # compare every byte with the manifest, however large the checkpoint is
 ) -> Policy:
     """Loads a policy without network. Raises `FileNotFoundError` or `ValueError` naming what to restore."""
     found = find_checkpoint(folder, checkpoint)
-    spec = spec_from_dict(read_json(found / "policy.json"), where=str(found / "policy.json"))
+    check_checkpoint(found, verify=verify)
+    spec = read_spec(found)
     normalizers = load_normalizers(found, spec)
     if device == "cpu":
         torch.set_num_threads(int(get_setting("launch.threads")))
-    framework = Framework.from_pretrained(found, inference=True).to(device)
+    with naming(found):
+        framework = Framework.from_pretrained(found, inference=True).to(device)
+    check_finite(framework, found / "model.safetensors")
     return cls(framework, spec, normalizers, _fingerprint(found, spec))
 
 # %% ../../nbs/serving/20_policy.ipynb #39981532
@@ -176,13 +181,14 @@ def attention(self: Policy, observation: Mapping[str, Any]) -> AttentionMap:
 
 # %% ../../nbs/serving/20_policy.ipynb #336761e3
 def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m vla_bench.serving.policy RUN [--checkpoint STEP]`; prints the specification."""
+    """`python -m vla_bench.serving.policy RUN [--checkpoint STEP] [--verify]`; prints the specification."""
     parser = argparse.ArgumentParser(description="Print what a policy expects and returns.")
     parser.add_argument("folder", help="run or checkpoint folder")
     parser.add_argument("--checkpoint", default="latest", help="latest, a step, or a name")
+    parser.add_argument("--verify", action="store_true", help="compare every byte with the manifest")
     options = parser.parse_args(argv)
     with cli_errors():
-        policy = Policy.from_pretrained(options.folder, checkpoint=options.checkpoint)
+        policy = Policy.from_pretrained(options.folder, checkpoint=options.checkpoint, verify=options.verify)
         print(json.dumps({**spec_to_dict(policy.spec), "fingerprint": policy.fingerprint}, indent=2))
 
 # %% ../../nbs/serving/20_policy.ipynb #230923c9

@@ -6,23 +6,41 @@ Docs: https://vla-bench.github.io/vla_bench/training/checkpoint.html.md"""
 
 # %% auto #0
 __all__ = ['remove_leftovers', 'list_checkpoints', 'checkpoint_step', 'latest_checkpoint', 'find_checkpoint', 'rng_state',
-           'set_rng_state', 'save_trainer', 'load_progress', 'load_trainer', 'save_checkpoint']
+           'set_rng_state', 'save_trainer', 'load_progress', 'load_rng', 'load_trainer', 'save_checkpoint', 'read_spec',
+           'check_checkpoint', 'check_finite', 'last_good_checkpoint', 'set_aside', 'columns_hash', 'data_identity',
+           'identity_differences', 'touched_videos']
 
 # %% ../../nbs/training/10_checkpoint.ipynb #ec373f00
+import hashlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
 from ..config import suggest
-from ..data.layout import PolicySpec, spec_to_dict
-from ..files import read_json, write_json, write_whole_folder
+from ..data.layout import PolicySpec, spec_from_dict, spec_to_dict
+from ..data.lerobot_files import DatasetFiles
+from vla_bench.files import (
+    Kind,
+    check_fields,
+    check_manifest,
+    file_hash,
+    naming,
+    read_json,
+    sample_hash,
+    write_json,
+    write_manifest,
+    write_whole_folder,
+)
 from ..models.frameworks.framework import Framework
 
 # %% ../../nbs/training/10_checkpoint.ipynb #9c36d4a5
@@ -34,9 +52,13 @@ def remove_leftovers(run: str | Path) -> list[str]:  # names of what was removed
     return [folder.name for folder in leftovers]
 
 # %% ../../nbs/training/10_checkpoint.ipynb #f3d57066
+_NAME = re.compile(r"step_(\d{6}|[1-9]\d{6,})", re.ASCII)
+
+
 def list_checkpoints(run: str | Path) -> list[Path]:  # oldest first
-    """The whole checkpoints of a run."""
-    return sorted(Path(run).glob("checkpoints/step_*"), key=checkpoint_step)
+    """The checkpoints of a run; what has another name than `save_checkpoint` gives is none."""
+    found = [path for path in Path(run).glob("checkpoints/step_*") if path.is_dir()]
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=checkpoint_step)
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -106,16 +128,36 @@ def save_trainer(
     (folder / "trainer").mkdir()
     state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
     torch.save(state, folder / "trainer/optimizer.pt")
-    (folder / "trainer/rng.json").write_text(json.dumps(list(rng)))
+    (folder / "trainer/rng.json").write_text(json.dumps(list(rng)), encoding="utf-8")
     write_json(folder / "trainer/progress.json", dict(progress))
 
 
 def load_progress(folder: Path) -> dict[str, Any]:
-    """The `progress` that a checkpoint was saved with."""
+    """The `progress` that a checkpoint was saved with. Raises `FileNotFoundError`, or `ValueError` naming the field."""
     path = folder / "trainer/progress.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no trainer/ to continue from; it can be served, not resumed")
-    return read_json(path)
+    return read_json(path, {"step": int})
+
+# %% ../../nbs/training/10_checkpoint.ipynb #ckpt0002
+_NUMPY: dict[str, Kind] = {
+    "bit_generator": str,
+    "state": {"key": [int], "pos": int},
+    "has_gauss": int,
+    "gauss": float,
+}
+_RNG: dict[str, Kind] = {"torch": [int], "cuda": ([int], None), "numpy": _NUMPY, "python": list}
+
+
+def load_rng(folder: Path) -> list[dict[str, Any]]:  # of every process
+    """What `rng_state` returned in each process when the checkpoint was saved. Raises `ValueError` naming the field."""
+    path = folder / "trainer/rng.json"
+    states = read_json(path, kind=list)
+    for rank, state in enumerate(states):
+        if not isinstance(state, dict):
+            raise ValueError(f"{path}: the state of process {rank} is {state!r:.60}, expected an object")
+        check_fields(state, _RNG, f"{path}: process {rank}")
+    return states
 
 # %% ../../nbs/training/10_checkpoint.ipynb #49947969
 def load_trainer(
@@ -126,21 +168,24 @@ def load_trainer(
     rank: int = 0,  # of this process
 ) -> None:
     """Restores optimizer, schedule and the generators of this process. Raises `ValueError` when they do not fit."""
-    rng = json.loads((folder / "trainer/rng.json").read_text())
+    rng, path = load_rng(folder), folder / "trainer/optimizer.pt"
     if rank >= len(rng):
         raise ValueError(
             f"{folder} was saved by {len(rng)} processes; continue it with as many, not {rank + 1}"
         )
-    state = torch.load(folder / "trainer/optimizer.pt", map_location="cpu", weights_only=True)
-    theirs = [group.get("name") for group in state["optimizer"]["param_groups"]]
+    with naming(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = [group.get("name") for group in state["optimizer"]["param_groups"]]
     ours = [group.get("name") for group in optimizer.param_groups]
     if theirs != ours:
         raise ValueError(
             f"{folder} has the parameter groups {theirs}, this run {ours}: other rates or freezing"
         )
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    set_rng_state(rng[rank])
+    with naming(path):
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+    with naming(folder / "trainer/rng.json"):
+        set_rng_state(rng[rank])
 
 # %% ../../nbs/training/10_checkpoint.ipynb #8476ef5e
 def save_checkpoint(
@@ -163,4 +208,181 @@ def save_checkpoint(
             save_file({k: v.clone() for k, v in weights.items()}, folder / "model.safetensors")
         write_json(folder / "policy.json", spec_to_dict(spec))
         save_trainer(folder, optimizer=optimizer, scheduler=scheduler, rng=rng, progress=progress)
+        write_manifest(folder)
     return final
+
+# %% ../../nbs/training/10_checkpoint.ipynb #ckpt0004
+_LAYOUT: dict[str, Kind] = {k: str for k in ("kind?", "frame?", "units?", "rotation?", "gripper?")}
+_SPEC: dict[str, Kind] = {
+    "action": {"names": [str], **_LAYOUT},
+    "state": (dict, None),
+    "cameras": [str],
+    "image_size": [int],
+    "horizon": int,
+    "control_rate": float,
+    "normalization": dict,
+    "dataset": str,
+    "statistics_hash": str,
+    "benchmark": str,
+    "hash": str,
+}
+
+
+def read_spec(checkpoint: Path) -> PolicySpec:
+    """The specification in `policy.json`. Raises `ValueError` naming file and field, also for one that was edited."""
+    path = checkpoint / "policy.json"
+    with naming(path):
+        content = read_json(path)
+        # what is missing or unknown is told by `spec_from_dict`
+        check_fields(content, {key: kind for key, kind in _SPEC.items() if key in content}, str(path))
+        return spec_from_dict(content, where=str(path))
+
+# %% ../../nbs/training/10_checkpoint.ipynb #ckpt0005
+def check_checkpoint(
+    checkpoint: Path,
+    *,
+    resume: bool = False,  # with `trainer/`, which a policy does not read, and every byte
+    verify: bool = False,  # every byte
+) -> None:
+    """Raises `ValueError` or `FileNotFoundError`, in one line that names the file, for a checkpoint that is not whole."""
+    needed = ["model.safetensors", "framework.json", "policy.json"]
+    needed += ["trainer/optimizer.pt", "trainer/rng.json", "trainer/progress.json"] if resume else []
+    check_manifest(checkpoint, verify=verify or resume, without=None if resume else "trainer")
+    if resume and not (checkpoint / "trainer").exists():
+        load_progress(checkpoint)  # says that it can be served
+    if missing := [name for name in needed if not (checkpoint / name).is_file()]:
+        raise FileNotFoundError(f"{checkpoint / missing[0]} is missing: the checkpoint is not whole")
+    read_spec(checkpoint)
+    read_json(checkpoint / "framework.json")
+    if resume:
+        load_progress(checkpoint)
+        load_rng(checkpoint)
+
+# %% ../../nbs/training/10_checkpoint.ipynb #ckpt0007
+@torch.no_grad()
+def check_finite(module: torch.nn.Module, where: str | Path) -> None:
+    """Raises `ValueError` for a parameter with NaN or infinity."""
+    for name, parameter in module.named_parameters():
+        # smallest and largest are NaN if any number is
+        ends = parameter.aminmax() if parameter.numel() and parameter.is_floating_point() else ()
+        if not all(torch.isfinite(end) for end in ends):
+            raise ValueError(
+                f"{where}: {name!r} holds numbers that are not finite; take an earlier checkpoint"
+            )
+
+# %% ../../nbs/training/10_checkpoint.ipynb #ckpt0011
+def last_good_checkpoint(run: str | Path) -> Path | None:  # None when there is no checkpoint at all
+    """The newest whole checkpoint; says in one line each why newer ones are not. Raises `ValueError` without any."""
+    checkpoints = list_checkpoints(run)
+    for checkpoint in reversed(checkpoints):
+        try:
+            check_checkpoint(checkpoint, resume=True)
+        except (ValueError, OSError) as error:
+            print(f"not continued from {checkpoint.name}: {error}")
+        else:
+            return checkpoint
+    if checkpoints:
+        raise ValueError(f"{run}: none of its {len(checkpoints)} checkpoints is whole")
+    return None
+
+
+def set_aside(run: str | Path, step: int) -> list[str]:  # the new names
+    """Renames the checkpoints beyond a step to `step_….damaged`. To be called by the one process that writes the run."""
+    names = []
+    for checkpoint in list_checkpoints(run):
+        if checkpoint_step(checkpoint) > step:
+            aside, number = checkpoint.with_name(f"{checkpoint.name}.damaged"), 1
+            while aside.exists():
+                number += 1
+                aside = checkpoint.with_name(f"{checkpoint.name}.damaged_{number}")
+            checkpoint.rename(aside)
+            names.append(aside.name)
+    return names
+
+# %% ../../nbs/training/10_checkpoint.ipynb #ckpt0015
+def _add_column(found: Any, column: pa.Array) -> None:
+    """Adds type, lengths and numbers of a column to a hash."""
+    found.update(f"{column.type} {len(column)} {column.null_count};".encode())
+    if pa.types.is_nested(column.type):
+        lengths = pa.compute.list_value_length(column)
+        found.update(lengths.to_numpy(zero_copy_only=False).tobytes())
+        _add_column(found, column.flatten())
+    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or column.null_count:
+        found.update(json.dumps(column.to_pylist(), default=str).encode())
+    else:
+        found.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=False)).tobytes())
+
+
+def columns_hash(path: Path) -> str:
+    """SHA-256 over names, types and numbers of a parquet file's columns, without images that are kept in it."""
+    image = lambda kind: (
+        pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    )
+    found = hashlib.sha256()
+    with naming(path):
+        names = [field.name for field in pq.read_schema(path) if not image(field.type)]
+        table = pq.read_table(path, columns=names, use_threads=False)
+        for name in sorted(names):
+            found.update(name.encode())
+            column = table[name].combine_chunks()
+            _add_column(found, column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column)
+    return found.hexdigest()
+
+# %% ../../nbs/training/10_checkpoint.ipynb #ckpt0016
+def _video_identity(path: Path, verify: bool) -> dict[str, Any]:
+    found = path.stat()
+    identity = {"size": found.st_size, "modified_ns": found.st_mtime_ns, "sample": sample_hash(path)}
+    return {**identity, "sha256": file_hash(path)} if verify else identity
+
+
+def data_identity(
+    files: DatasetFiles,
+    *,
+    verify: bool = False,  # hash every byte of the videos
+) -> dict[
+    str, dict[str, Any]
+]:  # "metadata" and "columns": file to hash; "videos": file to size, time, sample
+    """What tells a dataset from another one, file by file. Raises `FileNotFoundError` or `ValueError` naming a file."""
+    root = files.root
+    relative = lambda path: path.relative_to(root).as_posix()
+    metadata = sorted(p for p in (root / "meta").rglob("*") if p.is_file() and not p.name.startswith("."))
+    data = sorted({episode.data for episode in files.episodes})
+    videos = sorted({path for episode in files.episodes for path, _ in episode.videos.values()})
+    return {
+        "metadata": {relative(path): file_hash(path) for path in metadata},
+        "columns": {relative(path): columns_hash(path) for path in data},
+        "videos": {relative(path): _video_identity(path, verify) for path in videos},
+    }
+
+# %% ../../nbs/training/10_checkpoint.ipynb #ckpt0019
+def _video_change(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """How a video differs; None when it does not. The hash over every byte counts where both have one."""
+    if now["size"] != saved["size"]:
+        return f"has {now['size']} bytes and had {saved['size']}"
+    both = "sha256" in saved and "sha256" in now
+    key = "sha256" if both else "sample"
+    return None if now[key] == saved[key] else "has other content"
+
+
+def identity_differences(
+    saved: Mapping[str, Mapping[str, Any]],  # the `data_identity` of a checkpoint
+    now: Mapping[str, Mapping[str, Any]],
+) -> list[str]:  # "meta/tasks.parquet has other content"
+    """In which files two datasets differ."""
+    lines = []
+    for part in ("metadata", "columns", "videos"):
+        before, after = saved[part], now[part]
+        lines += [f"{name} is missing" for name in before if name not in after]
+        lines += [f"{name} is new" for name in after if name not in before]
+        for name in (name for name in after if name in before):
+            changed = None if after[name] == before[name] else "has other content"
+            if part == "videos":
+                changed = _video_change(before[name], after[name])
+            lines += [f"{name} {changed}"] if changed else []
+    return lines
+
+
+def touched_videos(saved: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The videos that have another time of modification."""
+    before, after = saved["videos"], now["videos"]
+    return [n for n in after if n in before and after[n]["modified_ns"] != before[n]["modified_ns"]]

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from ..config import ConfigError
 from ..data.normalize import Normalizer
 from ..data.sample import Sample
-from ..files import write_whole
+from ..files import append_jsonl, is_kind, read_jsonl, write_whole
 
 # %% ../../nbs/training/20_loop.ipynb #db5ef6c7
 @lru_cache(maxsize=2)
@@ -195,9 +195,17 @@ def error_row(
 
 # %% ../../nbs/training/20_loop.ipynb #91456a13
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line that a killed process left unfinished is not a row."""
-    lines = Path(path).read_text().splitlines(keepends=True) if Path(path).is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows of a `metrics.jsonl`, none when there is no file; an unfinished last line is not a row.
+
+    Raises `ValueError` that names file and line for a row without a step, and for what is no number.
+    """
+    if not Path(path).is_file():
+        return []
+    rows = read_jsonl(path, {"step": int})
+    for number, row in enumerate(rows, 1):
+        if odd := [key for key, value in row.items() if not is_kind(value, float)]:
+            raise ValueError(f"{path} line {number}: {odd[0]!r} is {row[odd[0]]!r}, expected a finite number")
+    return rows
 
 # %% ../../nbs/training/20_loop.ipynb #47d7f7d0
 class MetricsLog:
@@ -211,5 +219,4 @@ class MetricsLog:
 
     def write(self, step: int, **values: float) -> None:
         """One row, on the disk when this returns. Raises `ValueError` for a number that is not finite."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        append_jsonl(self.path, {"step": step, **values})
