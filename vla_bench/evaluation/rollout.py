@@ -6,8 +6,9 @@ Docs: https://vla-bench.github.io/vla_bench/evaluation/rollout.html.md"""
 
 # %% auto #0
 __all__ = ['RENAMED_PROTOCOL_KEYS', 'EvaluationSettings', 'EvaluatedPolicy', 'check_settings', 'build_benchmark', 'Recording',
-           'prediction_seed', 'Rollout', 'check_chunk', 'run_episode', 'fingerprint', 'fingerprint_differences',
-           'with_current_keys', 'read_episodes', 'EpisodeLog', 'list_episodes', 'recording_path', 'evaluate']
+           'prediction_seed', 'Rollout', 'describe_returned', 'real_numbers', 'check_chunk', 'run_episode',
+           'fingerprint', 'fingerprint_differences', 'with_current_keys', 'read_episodes', 'EpisodeLog',
+           'list_episodes', 'recording_path', 'evaluate']
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #3166eacf
 import hashlib
@@ -172,21 +173,59 @@ class Rollout:
         self.steps, self.success = result.steps, result.success
         return result.done or self.steps >= self.max_steps
 
+# %% ../../nbs/evaluation/10_rollout.ipynb #54728a8d
+def describe_returned(value: Any) -> str:
+    """What somebody's function returned, in a few words for an error message."""
+    kind = type(value).__name__
+    match value:
+        case None:
+            return "None"
+        case Mapping():
+            return f"a {kind} with the keys {', '.join(map(repr, value)) or '(none)'}"
+        case str() | bytes() | bool() | int() | float() | complex():
+            return f"{value!r:.60}"
+        case np.ndarray():
+            return f"{value.dtype} {list(value.shape)}"
+    return f"a {kind}"
+
+# %% ../../nbs/evaluation/10_rollout.ipynb #cb412879
+def real_numbers(
+    chunk: Any,
+    expected: str,  # behind the message
+    name: str,  # of the policy, for the message
+) -> np.ndarray:
+    """The chunk as an array of real numbers. Raises `ValueError` for all that would lose or invent something."""
+    try:
+        array = np.asarray(chunk)
+    except (
+        Exception
+    ) as error:  # ragged lists, tensors on another device: whatever the object's own class raises
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{name} returned {describe_returned(chunk)} that is no array of numbers ({reason}); {expected}"
+        ) from error
+    if np.ma.is_masked(chunk):
+        raise ValueError(f"{name} returned a masked array, and masked numbers cannot be executed; {expected}")
+    if array.dtype == bool or not np.can_cast(array.dtype, np.float64, "same_kind"):
+        what = describe_returned(array if array.ndim else chunk)
+        raise ValueError(f"{name} returned {what}; {expected}")
+    return array.astype(np.float64)
+
 # %% ../../nbs/evaluation/10_rollout.ipynb #96e33d34
 def check_chunk(
-    chunk: np.ndarray,
+    chunk: Any,  # what a policy returned: an array, or what numpy makes one of
     spec: PolicySpec,
+    name: str = "the policy",  # in messages
 ) -> np.ndarray:  # float64 [T, D]
-    """Raises `ValueError` unless a prediction has the shape that the policy's spec promises and is finite."""
-    chunk = np.asarray(chunk, np.float64)
-    if chunk.shape != (spec.horizon, spec.action.dim):
-        raise ValueError(
-            f"the policy promises actions [{spec.horizon}, {spec.action.dim}] and returned {list(chunk.shape)}"
-        )
-    if not np.isfinite(chunk).all():
-        step = int(np.flatnonzero(~np.isfinite(chunk).all(axis=1))[0])
-        raise ValueError(f"the policy returned actions that are not finite at step {step} of its chunk")
-    return chunk
+    """Raises `ValueError` unless a prediction is real, finite, and of the shape that the policy's spec promises."""
+    shape = [spec.horizon, spec.action.dim]
+    array = real_numbers(chunk, f"expected an array of real numbers {shape}", name)
+    if list(array.shape) != shape:
+        raise ValueError(f"{name} promises actions {shape} and returned {list(array.shape)}")
+    if not np.isfinite(array).all():
+        step = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
+        raise ValueError(f"{name} returned actions that are not finite at step {step} of its chunk")
+    return array
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #ea5dd7a0
 @patch
@@ -194,7 +233,8 @@ def predict_actions(self: Rollout, observation: Mapping[str, Any]) -> np.ndarray
     """The next actions. Raises `ValueError` when the policy returns anything but finite [T, D]."""
     self.lang = observation["lang"]
     seed = prediction_seed(self.episode_spec.seed, self.num_predictions)
-    chunk = check_chunk(self.policy.predict(observation, seed=seed), self.policy.spec)
+    returned = self.policy.predict(observation, seed=seed)
+    chunk = check_chunk(returned, self.policy.spec, type(self.policy).__name__)
     self.chunk = chunk[: min(self.settings.n_action_steps, self.max_steps - self.steps)]
     self.num_predictions += 1
     if self.episode_spec.record and self.settings.attention:
