@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vla_bench.evaluation.statistics import summarize, wilson_interval
+from vla_bench.evaluation.statistics import success_rate, summarize, wilson_interval
 
 
 @pytest.mark.parametrize("episodes", [1, 10, 40, 500])
