@@ -49,3 +49,15 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
         [sys.executable, "-m", "vla_bench", *words], capture_output=True, text=True, check=False
     )
     assert process.returncode == 2 and "nowhere" in process.stderr and "Traceback" not in process.stderr
+
+
+PACKAGE = Path(__file__).parents[1] / "vla_bench"
+FILES = [*(f"models/frameworks/{name}" for name in ("oft", "fast", "pi", "gr00t", "openvla", "llava", "pi0", "pi05")),
+         "training/imitation", "data/lerobot"]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_program_can_be_run_as_a_file(file, tmp_path):
+    command = [sys.executable, str(PACKAGE / f"{file}.py"), "--help"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert process.returncode == 0 and "usage:" in process.stdout, process.stderr
