@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vla_bench.evaluation.statistics import summarize, wilson_interval
+from vla_bench.evaluation.statistics import success_rate, summarize, wilson_interval
 
 
 @pytest.mark.parametrize("episodes", [1, 10, 40, 500])
@@ -32,3 +32,36 @@ def test_summary_averages_tasks():
 
 def test_summary_gives_each_task_its_interval():
     assert summarize(RECORDS)["per_task"]["a"]["confidence_interval"] == list(wilson_interval(2, 3))
+
+
+HUNG = {"success": False, "steps": 7, "error": "the simulator did not answer"}
+
+
+def outcomes(*successes):
+    return [{"success": success, "steps": 10} for success in successes]
+
+
+@pytest.mark.parametrize(
+    "records, rate, episodes, errors",
+    [
+        (outcomes(True, False, True, True), 0.75, 4, None),
+        ([*outcomes(True, False, True, True), HUNG], 0.75, 4, 1),
+        ([HUNG, *outcomes(True), HUNG], 1.0, 1, 2),
+        ([HUNG | {"success": True}, *outcomes(False)], 0.0, 1, 1),
+        ([HUNG, HUNG], None, 0, 2),
+    ],
+)
+def test_an_error_is_counted_beside_the_rate_and_not_in_it(records, rate, episodes, errors):
+    found = success_rate(records)
+    assert (found["success_rate"], found["episodes"], found.get("errors")) == (rate, episodes, errors)
+
+
+def test_the_interval_is_that_of_the_episodes_with_an_outcome():
+    assert success_rate([*outcomes(True, False), HUNG])["confidence_interval"] == list(wilson_interval(1, 2))
+    assert success_rate([HUNG])["confidence_interval"] == [0.0, 1.0]
+
+
+def test_a_task_without_any_outcome_is_not_in_the_mean_over_tasks():
+    tasks = {"a": outcomes(True), "b": outcomes(True, False), "c": [HUNG]}
+    found = summarize({"task": task, **record} for task, records in tasks.items() for record in records)
+    assert found["mean_over_tasks"] == 0.75 and found["success_rate"] == 2 / 3 and found["errors"] == 1

@@ -10,7 +10,7 @@ from vla_bench.evaluation.rollout import EvaluationSettings
 from vla_bench.training.imitation import train
 from vla_bench.training.run import set_up
 
-CONFIGS = sorted((Path(__file__).parents[2] / "experiments/configs").rglob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "experiments/configs").glob("*.yaml"))
 
 
 @pytest.fixture

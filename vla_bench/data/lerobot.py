@@ -8,6 +8,10 @@ Docs: https://vla-bench.github.io/vla_bench/data/lerobot.html.md"""
 __all__ = ['window', 'Table', 'read_table', 'read_image', 'camera_keys', 'short_name', 'EpisodeSubset', 'choose_episodes',
            'LeRobotDataset', 'validate', 'main']
 
+# %% ../../nbs/data/60_lerobot.ipynb #00bddfb7
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.data"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../nbs/data/60_lerobot.ipynb #f8efee8a
 import argparse
 import copy

@@ -85,6 +85,7 @@ def success_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
             "low": entry["confidence_interval"][0],
             "high": entry["confidence_interval"][1],
             "mean_steps": entry["mean_steps"],
+            **({"errors": entry["errors"]} if "errors" in entry else {}),
         }
         for name, entry in names
     ]
@@ -114,10 +115,10 @@ def plot_success(
     rows = success_rows(evaluation)
     if ax is None:
         _, ax = plt.subplots(figsize=(5.5, 0.6 + 0.35 * len(rows)), layout="constrained")
-    rates = [row["success_rate"] for row in rows]
+    rates = [row["success_rate"] or 0.0 for row in rows]  # None where every episode ended in an error
     # rates of 0 and 1 lie on an interval's end; rounding may put them a hair outside
-    whiskers = [[max(row["success_rate"] - row["low"], 0) for row in rows],
-                [max(row["high"] - row["success_rate"], 0) for row in rows]]  # fmt: skip
+    whiskers = [[max(rate - row["low"], 0) for rate, row in zip(rates, rows)],
+                [max(row["high"] - rate, 0) for rate, row in zip(rates, rows)]]  # fmt: skip
     colours = ["tab:blue"] * (len(rows) - 1) + ["tab:gray"]
     ax.barh(range(len(rows)), rates, xerr=whiskers, color=colours, ecolor="0.2", capsize=3, height=0.65)
     ax.set_yticks(range(len(rows)), [f"{row['task']}  {row['successes']}/{row['episodes']}" for row in rows])
@@ -136,9 +137,11 @@ def report_text(run: str | Path) -> str:
         parts.append(benchmark if evaluation["finished"] else f"{benchmark} (unfinished)")
         for row in rows:
             steps = "-" if row["mean_steps"] is None else f"{row['mean_steps']:.0f}"
+            rate = "    -" if row["success_rate"] is None else f"{100 * row['success_rate']:5.1f}"
+            errors = f"  {row['errors']} without an outcome: the simulator hung" if "errors" in row else ""
             parts.append(
-                f"  {row['task']:{width}s}  {row['successes']:4d}/{row['episodes']:<4d} {100 * row['success_rate']:5.1f}%"
-                f"  [{100 * row['low']:5.1f}, {100 * row['high']:5.1f}]  {steps:>4s} steps"
+                f"  {row['task']:{width}s}  {row['successes']:4d}/{row['episodes']:<4d} {rate}%"
+                f"  [{100 * row['low']:5.1f}, {100 * row['high']:5.1f}]  {steps:>4s} steps{errors}"
             )
     return "\n".join(parts)
 

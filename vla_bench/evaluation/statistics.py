@@ -27,20 +27,29 @@ def wilson_interval(
 
 # %% ../../nbs/evaluation/00_statistics.ipynb #89fcc002
 def success_rate(
-    records: Iterable[Mapping[str, Any]],  # each with `success` (bool) and `steps` (int)
+    records: Iterable[Mapping[str, Any]],  # each with `success` (bool) and `steps` (int), or with an `error`
 ) -> dict[str, Any]:
-    """Successes, rate, Wilson interval (95%), and mean length of successful episodes (`None` without any)."""
+    """Successes, rate, Wilson interval (95%), and mean length of successful episodes (`None` without any).
+
+    Episodes with an error are not among `episodes`; if there are any, `errors` counts them. Where nothing else is
+    left the rate is None and the interval [0, 1].
+    """
     records = list(records)
-    lengths = [record["steps"] for record in records if record["success"]]
-    return {
-        "success_rate": len(lengths) / max(len(records), 1),
-        "confidence_interval": list(wilson_interval(len(lengths), len(records))),
+    counted = [record for record in records if "error" not in record]
+    lengths = [record["steps"] for record in counted if record["success"]]
+    only_errors = len(records) > 0 and not counted
+    summary = {
+        "success_rate": None if only_errors else len(lengths) / max(len(counted), 1),
+        "confidence_interval": [0.0, 1.0]
+        if only_errors
+        else list(wilson_interval(len(lengths), len(counted))),
         "successes": len(lengths),
-        "episodes": len(records),
+        "episodes": len(counted),
         "mean_steps": sum(lengths) / len(lengths) if lengths else None,
     }
+    return summary | ({"errors": len(records) - len(counted)} if len(counted) < len(records) else {})
 
-
+# %% ../../nbs/evaluation/00_statistics.ipynb #e17e1b4d
 def summarize(
     records: Iterable[Mapping[str, Any]],  # episodes, each with `task`, `success`, `steps`
 ) -> dict[str, Any]:  # as in summary.json, without the fingerprint
@@ -48,5 +57,6 @@ def summarize(
     records = list(records)
     tasks = list(dict.fromkeys(record["task"] for record in records))
     per_task = {task: success_rate(r for r in records if r["task"] == task) for task in tasks}
-    mean = sum(entry["success_rate"] for entry in per_task.values()) / max(len(tasks), 1)
+    rates = [entry["success_rate"] for entry in per_task.values() if entry["success_rate"] is not None]
+    mean = sum(rates) / len(rates) if rates else None
     return {**success_rate(records), "mean_over_tasks": mean, "per_task": per_task}

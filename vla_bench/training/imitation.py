@@ -7,6 +7,10 @@ Docs: https://vla-bench.github.io/vla_bench/training/imitation.html.md"""
 # %% auto #0
 __all__ = ['valid_shares', 'update', 'not_finite', 'evaluate', 'learning_rates', 'speed', 'due', 'progress_bar', 'train', 'main']
 
+# %% ../../nbs/training/30_imitation.ipynb #ce21e451
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.training"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../nbs/training/30_imitation.ipynb #2cb06b5f
 import math
 import time

@@ -181,6 +181,9 @@ def check_head(
 ) -> None:
     """Raises `RegistryError` or `ValueError` for a head that is unknown, misspelt or of another framework."""
     head = HEADS.get(section["type"])
+    HEADS.check(
+        section["type"], head
+    )  # again: methods may have been patched in after the class was registered
     given = {key: value for key, value in section.items() if key != "type"}
     FRAMEWORKS.get(config.name).check_head(head, given)
     if len(config.embodiments) > 1 and not head.embodiment_specific:

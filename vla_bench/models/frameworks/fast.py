@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/frameworks/fast.html.md"""
 # %% auto #0
 __all__ = ['FAST', 'main']
 
+# %% ../../../nbs/models/frameworks/20_fast.ipynb #c0247ebf
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.frameworks"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/frameworks/20_fast.ipynb #5e1c438c
 from collections.abc import Sequence
 

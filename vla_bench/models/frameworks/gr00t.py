@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/frameworks/gr00t.html.md"""
 # %% auto #0
 __all__ = ['CameraPixels', 'build_vision_encoder', 'GR00T', 'main']
 
+# %% ../../../nbs/models/frameworks/40_gr00t.ipynb #003a85db
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.frameworks"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/frameworks/40_gr00t.ipynb #72ac2788
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

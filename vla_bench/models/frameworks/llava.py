@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/frameworks/llava.html.md"""
 # %% auto #0
 __all__ = ['LlavaVLA', 'main']
 
+# %% ../../../nbs/models/frameworks/60_llava.ipynb #fce8bcd9
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.frameworks"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/frameworks/60_llava.ipynb #75372a43
 from collections.abc import Sequence
 from typing import Any

@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/frameworks/oft.html.md"""
 # %% auto #0
 __all__ = ['query_prompt', 'token_id', 'query_positions', 'OFT', 'main']
 
+# %% ../../../nbs/models/frameworks/10_oft.ipynb #6b850752
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.frameworks"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/frameworks/10_oft.ipynb #5546b3f0
 from collections.abc import Sequence
 from typing import Any

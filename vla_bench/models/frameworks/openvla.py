@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/frameworks/openvla.html.md"""
 # %% auto #0
 __all__ = ['OpenVLA', 'main']
 
+# %% ../../../nbs/models/frameworks/50_openvla.ipynb #7a236093
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.frameworks"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/frameworks/50_openvla.ipynb #75c39e7b
 from collections.abc import Sequence
 

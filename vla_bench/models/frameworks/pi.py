@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/frameworks/pi.html.md"""
 # %% auto #0
 __all__ = ['PI', 'main']
 
+# %% ../../../nbs/models/frameworks/30_pi.ipynb #e8ee770a
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.frameworks"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/frameworks/30_pi.ipynb #2b4307ab
 from collections.abc import Sequence
 from typing import Any

@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/frameworks/pi0.html.md"""
 # %% auto #0
 __all__ = ['keys_and_values', 'one_line', 'PI0', 'main']
 
+# %% ../../../nbs/models/frameworks/70_pi0.ipynb #38889c8d
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.frameworks"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/frameworks/70_pi0.ipynb #4a9d358a
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/frameworks/pi05.html.md"""
 # %% auto #0
 __all__ = ['PI05', 'main']
 
+# %% ../../../nbs/models/frameworks/80_pi05.ipynb #37367f5f
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.frameworks"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/frameworks/80_pi05.ipynb #ce668ec5
 from collections.abc import Sequence
 
