@@ -74,8 +74,15 @@ def settings():
 
 @pytest.fixture
 def files():
-    """What lies in a folder: names and bytes."""
-    return lambda folder: {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
+    """What lies in a folder: names and bytes, without the locks of folders beside."""
+
+    def listed(folder):
+        found = [
+            path for path in Path(folder).iterdir() if path.is_file() and not path.name.endswith(".lock")
+        ]
+        return {path.name: path.read_bytes() for path in found}
+
+    return listed
 
 
 @pytest.fixture

@@ -35,13 +35,13 @@ def load_evaluations(
 
 
 _RATE: dict[str, Kind] = {
-    "success_rate": float,
+    "success_rate": (float, None),  # None where every episode ended in an error
     "confidence_interval": [float],
     "successes": int,
     "episodes": int,
     "mean_steps": (float, None),
 }
-_SUMMARY: dict[str, Kind] = {**_RATE, "mean_over_tasks": float, "per_task": dict, "fingerprint": dict}
+_SUMMARY: dict[str, Kind] = {**_RATE, "mean_over_tasks": (float, None), "per_task": dict, "fingerprint": dict}
 
 
 def _read_summary(path: Path, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
