@@ -8,8 +8,6 @@ import torch
 from PIL import Image
 
 from vla_bench.models.backbones.eagle import compose_eagle, public_names
-from vla_bench.models.backbones.prismatic import compose
-from vla_bench.models.backbones.tiny_composed import write_tiny_component
 from vla_bench.models.backbones.vlm import VLM
 from vla_bench.models.interop.weights import load_mapped
 
@@ -33,44 +31,13 @@ IMAGES = [[make_image(RNG), make_image(RNG, 48, 80)] for _ in WORDS]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("parts")
-    for kind in ("siglip", "dinov2", "dinov2_with_registers"):
-        width = 32 if kind == "siglip" else 48
-        write_tiny_component(kind, home / kind, image_size=SIZE, hidden_size=width, num_layers=3)
-    for kind in ("llama", "gemma", "qwen2", "qwen3"):
-        write_tiny_component(kind, home / kind, corpus=WORDS, hidden_size=WIDTH, num_layers=3)
-    return home
-
-
-def loud(vlm: VLM) -> VLM:
-    """Larger random weights, so that a wrong position or a leak moves the features."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in vlm.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return vlm.eval()
-
-
-def composed(home: Path, kind: str) -> VLM:
-    vision = {"type": "SigLIP", "path": str(home / "siglip")}
-    if kind == "siglip_linear_gemma":
-        return compose(vision, {"type": "Linear"}, {"type": "Gemma", "path": str(home / "gemma")})
-    if kind == "siglip_mlp_qwen2":
-        return compose(
-            vision | {"layer": -2}, {"type": "MLP"}, {"type": "Qwen2", "path": str(home / "qwen2")}
-        )
-    if kind == "eagle_qwen3":
-        return compose_eagle(home / "siglip", home / "qwen3", select_layer=2)
-    vision = {"dinov2_path": str(home / "dinov2_with_registers"), "siglip_path": str(home / "siglip")}
-    llama = {"type": "Llama", "path": str(home / "llama")}
-    return compose({"type": "DinoSigLIP", **vision}, {"type": "FusedMLP"}, llama)
+def home(components) -> Path:
+    return components
 
 
 @pytest.fixture(scope="module")
-def backbones(home) -> dict[str, VLM]:
-    torch.manual_seed(0)
-    return {kind: loud(composed(home, kind)) for kind in KINDS}
+def backbones(composed_backbones) -> dict[str, VLM]:
+    return composed_backbones
 
 
 def test_the_prompt_is_openvlas_and_eagles(backbones):
@@ -88,10 +55,10 @@ def test_the_prompt_is_openvlas_and_eagles(backbones):
     assert ids == eagle.processor.tokenizer(text)["input_ids"]
 
 
-def test_public_names_of_eagle_carry_every_weight(home):
+def test_public_names_of_eagle_carry_every_weight(home, with_larger_weights):
     torch.manual_seed(0)
     first = compose_eagle(home / "siglip", home / "qwen3", select_layer=2)
-    second = loud(compose_eagle(home / "siglip", home / "qwen3", select_layer=2))
+    second = with_larger_weights(compose_eagle(home / "siglip", home / "qwen3", select_layer=2))
     mapping = {ours.removeprefix("vlm."): theirs for ours, theirs in public_names().items()}
     public = {}
     for name, value in first.state_dict().items():

@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vla_bench.models.backbones.component_loading import quiet
-from vla_bench.models.backbones.tiny_composed import write_tiny_component
 from vla_bench.registry import LLM_BACKBONES
 
 WORDS = ("open the drawer", "press the button from the top", "close the window")
@@ -17,14 +16,8 @@ SIZE, WIDTH = 64, 64
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("parts")
-    for kind in ("siglip", "dinov2", "dinov2_with_registers"):
-        width = 32 if kind == "siglip" else 48
-        write_tiny_component(kind, home / kind, image_size=SIZE, hidden_size=width, num_layers=3)
-    for kind in ("llama", "gemma", "qwen2", "qwen3"):
-        write_tiny_component(kind, home / kind, corpus=WORDS, hidden_size=WIDTH, num_layers=3)
-    return home
+def home(components) -> Path:
+    return components
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma", "Qwen2", "Qwen3"])

@@ -17,9 +17,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
-from vla_bench.models.backbones.eagle import compose_eagle
 from vla_bench.models.backbones.prismatic import compose
-from vla_bench.models.backbones.tiny_composed import write_tiny_component
 from vla_bench.models.backbones.vlm import VLM
 from vla_bench.models.frameworks.build import build_framework
 from vla_bench.models.frameworks.framework import Framework
@@ -51,44 +49,13 @@ EXTRA = torch.randn(len(WORDS), 3, WIDTH, generator=torch.Generator().manual_see
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("components")
-    for kind in ("siglip", "dinov2", "dinov2_with_registers"):
-        width = 32 if kind == "siglip" else 48
-        write_tiny_component(kind, home / kind, image_size=SIZE, hidden_size=width, num_layers=3)
-    for kind in ("llama", "gemma", "qwen2", "qwen3"):
-        write_tiny_component(kind, home / kind, corpus=WORDS, hidden_size=WIDTH, num_layers=3)
-    return home
-
-
-def loud(vlm: VLM) -> VLM:
-    """Larger random weights, so that a wrong position or a leak moves the features."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in vlm.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return vlm.eval()
-
-
-def composed(home: Path, kind: str) -> VLM:
-    vision = {"type": "SigLIP", "path": str(home / "siglip")}
-    if kind == "siglip_linear_gemma":
-        return compose(vision, {"type": "Linear"}, {"type": "Gemma", "path": str(home / "gemma")})
-    if kind == "siglip_mlp_qwen2":
-        return compose(
-            vision | {"layer": -2}, {"type": "MLP"}, {"type": "Qwen2", "path": str(home / "qwen2")}
-        )
-    if kind == "eagle_qwen3":
-        return compose_eagle(home / "siglip", home / "qwen3", select_layer=2)
-    vision = {"dinov2_path": str(home / "dinov2_with_registers"), "siglip_path": str(home / "siglip")}
-    llama = {"type": "Llama", "path": str(home / "llama")}
-    return compose({"type": "DinoSigLIP", **vision}, {"type": "FusedMLP"}, llama)
+def home(components) -> Path:
+    return components
 
 
 @pytest.fixture(scope="module")
-def backbones(home) -> dict[str, VLM]:
-    torch.manual_seed(0)
-    return {kind: loud(composed(home, kind)) for kind in KINDS}
+def backbones(composed_backbones) -> dict[str, VLM]:
+    return composed_backbones
 
 
 def by_hand(vlm: VLM, inputs: dict, row: int, first: int, count: int) -> torch.Tensor:

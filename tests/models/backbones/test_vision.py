@@ -10,7 +10,6 @@ from PIL import Image
 from transformers import AutoModel
 
 from vla_bench.models.backbones.component_loading import quiet
-from vla_bench.models.backbones.tiny_composed import write_tiny_component
 from vla_bench.models.backbones.vision import VisionBackbone
 from vla_bench.registry import VISION_BACKBONES
 
@@ -31,14 +30,8 @@ IMAGES = [[make_image(RNG), make_image(RNG, 48, 80)] for _ in WORDS]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("parts")
-    for kind in ("siglip", "dinov2", "dinov2_with_registers"):
-        width = 32 if kind == "siglip" else 48
-        write_tiny_component(kind, home / kind, image_size=SIZE, hidden_size=width, num_layers=3)
-    for kind in ("llama", "gemma", "qwen2", "qwen3"):
-        write_tiny_component(kind, home / kind, corpus=WORDS, hidden_size=WIDTH, num_layers=3)
-    return home
+def home(components) -> Path:
+    return components
 
 
 def normal(image: Image.Image, mean: list[float], std: list[float], size: int = SIZE) -> torch.Tensor:
