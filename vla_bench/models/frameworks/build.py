@@ -22,6 +22,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+from ...files import read_json
 from vla_bench.models.backbones.loading import (
     LOADING_KEYS,
     backbone_class,
@@ -400,15 +401,8 @@ def read_section(file: Path) -> dict[str, Any]:
     """What `framework.json` holds. Raises `FileNotFoundError`, or `ValueError` for a damaged file."""
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} holds no {file.name}, so it is no checkpoint of a framework")
-    try:
-        section = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    wanted = {"name": str, "vlm": dict, "action_model": dict, "action_dim": int, "state_dim": int}
-    for key, kind in wanted.items():
-        if not isinstance(section, dict) or not isinstance(section.get(key), kind):
-            raise ValueError(f"{file} is damaged: it needs {key!r}, as save_pretrained writes it")
-    return section
+    needed = {"name": str, "vlm": dict, "action_model": dict, "action_dim": int, "state_dim": int}
+    return read_json(file, needed)
 
 # %% ../../../nbs/models/frameworks/01_build.ipynb #984ce975
 def from_folder(
