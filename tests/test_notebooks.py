@@ -19,7 +19,7 @@ def run():
     with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as server:
 
         def ask(path: Path) -> dict:
-            server.stdin.write(f"{path}\n")
+            server.stdin.write(json.dumps({"notebook": str(path)}) + "\n")
             server.stdin.flush()
             return json.loads(server.stdout.readline())
 
