@@ -241,7 +241,7 @@ def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
             while rest:  # a part of the line may fit
                 rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
-        except OSError:
+        except BaseException:
             with suppress(OSError):
                 file.truncate(end)
             raise

@@ -26,6 +26,7 @@ from ..data.normalize import Normalizer
 from ..data.sample import Sample
 from ..files import append_jsonl, is_kind, read_jsonl, write_text
 from .checkpoint import what_stands
+from .stopping import leave_signals
 
 # %% ../../nbs/training/20_loop.ipynb #db5ef6c7
 @lru_cache(maxsize=2)
@@ -149,6 +150,7 @@ def make_loader(
         batch_sampler=batches,
         collate_fn=prepare,
         num_workers=num_workers,
+        worker_init_fn=leave_signals,
         prefetch_factor=4 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(0),
