@@ -40,6 +40,7 @@ BASE = ["config", "registry", "settings", "files", "data.sample", "data.layout",
 CROSS_CUTTING = {
     "test_grid.py": "every backbone with every head that can read it",
     "test_notebooks.py": "every notebook",
+    "test_programs.py": "every component's module, run as a program",
     "test_repo.py": "the repository",
     "test_tutorials.py": "components of one's own, by hand and by the scaffold",
     "evaluation/test_interruptions.py": "rollout and workers: an evaluation that is killed",
@@ -142,10 +143,18 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-def imports(path: Path) -> dict[str, int]:
-    """Every module of the package that a file imports, at its top or inside a function, with the line."""
+def is_main_guard(node: ast.AST) -> bool:
+    """Whether this is `if __name__ == "__main__" …:`, which runs in a program and never in an import."""
+    return isinstance(node, ast.If) and '__name__ == "__main__"' in ast.unparse(node.test).replace("'", '"')
+
+
+def imports(path: Path, as_program: bool = True) -> dict[str, int]:
+    """Every module of the package that a file imports, at its top, inside a function or as a program, with the line."""
     package, known, found = path.relative_to(ROOT).parts[:-1], {module_name(p) for p in MODULES}, {}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if not as_program:
+        tree.body = [node for node in tree.body if not is_main_guard(node)]
+    for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
@@ -164,8 +173,8 @@ def test_a_package_imports_only_from_packages_to_its_left(path):
 
 
 def test_there_is_no_import_circle():
-    """Imports inside functions count: they are how a circle is usually hidden."""
-    graph = {module_name(path): set(imports(path)) for path in MODULES}
+    """Imports inside functions count: they are how a circle is usually hidden. A program is `__main__`, in no circle."""
+    graph = {module_name(path): set(imports(path, as_program=False)) for path in MODULES}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
