@@ -1,17 +1,23 @@
-"""Runs notebooks and tests one at a time, each in a process of its own that needs not import torch and transformers again.
+"""Runs notebooks, tests and programs, each in a process of its own that needs not import torch and transformers again.
 
-`python tests/notebook_server.py` imports the libraries that nearly every notebook wants, and nothing else: it computes
-nothing and starts no thread, so a copy of it (`os.fork`) is as good as a new interpreter, and is there in milliseconds
-instead of seconds. For every line on its standard input, `{"notebook": path}` or `{"pytest": [arguments]}`, it makes
-such a copy, runs it there with `nbdev-test` or pytest, and answers with one line of JSON:
-`{"returncode", "output", "seconds"}`. With `"limit": seconds` a copy that takes longer is killed, and all that it
-started with it. The package itself is imported by each copy anew: its registries are the copy's own.
+`python tests/notebook_server.py` imports the libraries that nearly every one of them wants, and nothing else: it
+computes nothing and starts no thread, so a copy of it (`os.fork`) is as good as a new interpreter, and is there in
+milliseconds instead of seconds. For every line on its standard input it makes such a copy, runs what is asked for
+there, and answers with one line of JSON: `{"returncode", "output", "seconds"}`. A line is JSON, too:
+
+    {"notebook": PATH}                                         as `nbdev-test PATH`
+    {"pytest": [WORD, ...]}                                    as `pytest` with these words
+    {"program": ["-m", MODULE, WORD, ...] or [FILE, WORD, ...]}  as `python` with these words
+
+`"cwd": FOLDER` and `"env": {NAME: VALUE}` may be added; with `"limit": SECONDS` a copy that takes longer is killed, and
+all that it started with it. The package itself is imported by each copy anew: its registries are the copy's own.
 """
 
 import gc
 import importlib
 import json
 import os
+import runpy
 import signal
 import sys
 import tempfile
@@ -36,12 +42,27 @@ LIBRARIES = (
 )
 
 
+def run_program(words: list[str]) -> None:
+    """What `python` does with these words."""
+    if words[0] == "-m":
+        sys.argv, sys.path[0] = words[1:], os.getcwd()
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = words, os.path.dirname(os.path.abspath(words[0]))
+        runpy.run_path(words[0], run_name="__main__")
+
+
 def execute(asked: dict) -> int:
     """Runs what was asked for in this process; returns the exit status."""
+    os.environ.update(asked.get("env", {}))
+    os.chdir(asked.get("cwd", "."))
     if "pytest" in asked:
         import pytest
 
         return int(pytest.main(asked["pytest"]))
+    if "program" in asked:
+        run_program(asked["program"])
+        return 0
     from nbdev.test import nbdev_test
 
     nbdev_test(asked["notebook"], n_workers=0)
@@ -56,7 +77,9 @@ def run_here(asked: dict, output: int) -> int:
     try:
         return execute(asked)
     except SystemExit as stopped:
-        return int(stopped.code or 0)
+        if isinstance(stopped.code, str):
+            print(stopped.code, file=sys.stderr)
+        return 1 if isinstance(stopped.code, str) else int(stopped.code or 0)
     except BaseException:
         traceback.print_exc()
         return 1
@@ -78,7 +101,7 @@ def wait(child: int, limit: float | None) -> int:
 
 
 def run(asked: dict) -> dict:
-    """Runs a notebook or tests in a copy of this process. One that is killed has the negative number of its signal."""
+    """Runs it in a copy of this process. One that is killed has the negative number of its signal."""
     began, limit = time.monotonic(), asked.get("limit")
     with tempfile.TemporaryFile() as output:
         child = os.fork()
