@@ -220,6 +220,30 @@ PUBLISHED = {
         | {"input_embedding_dim": 1536, "max_state_dim": 64, "use_vlln": True, "model_dtype": "float32"}
         | {"vl_self_attention_cfg": {"attention_head_dim": 64, "num_attention_heads": 32, "num_layers": 4}},
     },
+    "gr00t_n17": {
+        "model_type": "Gr00tN1d7",
+        "architectures": ["Gr00tN1d7"],
+        "model_name": "nvidia/Cosmos-Reason2-2B",
+        "action_horizon": 40,
+        "max_action_dim": 132,
+        "max_state_dim": 132,
+        "hidden_size": 1024,
+        "input_embedding_dim": 1536,
+        "max_seq_len": 1024,
+        "select_layer": 16,
+        "state_history_length": 1,
+        "state_dropout_prob": 0.2,
+        "attend_text_every_n_blocks": 2,
+        "use_alternate_vl_dit": True,
+        "use_vlln": True,
+        "add_pos_embed": True,
+        "num_inference_timesteps": 4,
+        "formalize_language": True,
+        "diffusion_model_cfg": {k: v for k, v in DIT.items() if k != "cross_attention_dim"}
+        | {"num_layers": 32},
+        "vl_self_attention_cfg": {"attention_head_dim": 64, "num_attention_heads": 32, "num_layers": 4}
+        | {"dropout": 0.2, "final_dropout": True, "positional_embeddings": None},
+    },
     "starvla_gr00t": {
         "framework": {
             "name": "QwenGR00T",
@@ -239,6 +263,15 @@ SAID = {  # what they say in our words, as far as it decides the sizes
         "action_model.num_heads": 32,
         "action_model.num_vl_heads": 32,
         "max_state_dim": 64,
+    },
+    "gr00t_n17": {
+        "action_horizon": 40,
+        "max_action_dim": 132,
+        "action_model.hidden_size": 1536,
+        "action_model.num_layers": 32,
+        "action_model.attend_text_every_n_blocks": 2,
+        "action_model.state_dropout": 0.2,
+        "action_model.vl_dropout": 0.2,
     },
     "starvla_gr00t": {"action_horizon": 8, "action_model.hidden_size": 1536, "action_model.num_heads": 32},
 }

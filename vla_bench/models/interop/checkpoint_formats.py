@@ -8,12 +8,13 @@ Docs: https://vla-bench.github.io/vla_bench/models/interop/checkpoint_formats.ht
 __all__ = ['Names', 'OPENPI', 'OPENPI_IGNORE', 'OPENPI_KEYS', 'PI0_KEYS', 'PI05_KEYS', 'DIT', 'FLOW_HEAD', 'RESIDUAL_HEAD',
            'STARVLA_VLM', 'STARVLA_KEYS', 'FLOW_KEYS', 'GR00T_KEYS', 'PI_KEYS', 'DIT_SIZES', 'STATE_ENCODER',
            'ALL_CROSS', 'FIRST_FAST_TOKEN', 'OPENVLA', 'OPENVLA_IGNORE', 'OPENVLA_SECTION', 'OPENVLA_KEYS',
-           'NEW_EMBODIMENT', 'GR00T_HEAD_SIZES', 'GR00T_SECTION', 'GR00T_NAMES', 'N15_KEYS', 'CHECKPOINT_FORMATS',
-           'ConfigKey', 'CheckpointFormat', 'resolve', 'last_block', 'unwrapped', 'count_blocks', 'openpi_sizes',
-           'complete_pi05', 'under', 'section_of', 'given_numbers', 'renamed', 'value_at', 'check_keys', 'settings_of',
-           'starvla_section', 'includes_state', 'alternates', 'complete_pi', 'starvla_gr00t', 'starvla_pi',
-           'unused_state', 'unused_by_flow', 'unused_by_pi', 'flow_sizes', 'pi_sizes', 'residual_sizes', 'starvla_oft',
-           'starvla_fast', 'gr00t_head', 'gr00t_sizes', 'list_formats']
+           'NEW_EMBODIMENT', 'GR00T_HEAD_SIZES', 'NO_MASK', 'GR00T_SECTION', 'GR00T_NAMES', 'N15_KEYS', 'N17_ROWS',
+           'PROCESSOR_N17', 'N17_SECTION', 'N17_KEYS', 'CHECKPOINT_FORMATS', 'ConfigKey', 'CheckpointFormat', 'resolve',
+           'last_block', 'unwrapped', 'count_blocks', 'openpi_sizes', 'complete_pi05', 'under', 'section_of',
+           'given_numbers', 'renamed', 'value_at', 'check_keys', 'settings_of', 'starvla_section', 'includes_state',
+           'alternates', 'complete_pi', 'starvla_gr00t', 'starvla_pi', 'unused_state', 'unused_by_flow', 'unused_by_pi',
+           'flow_sizes', 'pi_sizes', 'residual_sizes', 'starvla_oft', 'starvla_fast', 'gr00t_head', 'gr00t_sizes',
+           'n17_names', 'n17_row', 'complete_n17', 'list_formats']
 
 # %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #98e2b577
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -68,6 +69,11 @@ class CheckpointFormat:
     sizes: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None  # what the tensors show
     # fills in what the configuration leaves open and the weights tell, and says what was assumed
     complete: Callable[[Mapping[str, Any], Mapping[str, Tensor]], tuple[dict, list[str]]] | None = None
+    # the names that depend on its configuration, in place of `names`
+    names_for: Callable[[Mapping[str, Any]], Names] | None = None
+    layers: str = (
+        ""  # their prefix of the language model's layers, where a checkpoint may hold fewer than its base
+    )
 
 # %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #40be628a
 def _keys(where: str, source: str, **ours: str) -> tuple[ConfigKey, ...]:
@@ -717,11 +723,12 @@ GR00T_HEAD_SIZES = {
     "num_inference_timesteps": 4,
     "repeated_diffusion_steps": 1,
 }
+NO_MASK = {"mask_padding": False, "mask_vl_padding": False}  # N1.5 looks at padding in both places
 GR00T_SECTION = {
     "action_horizon": 16,
     "max_action_dim": 32,
     "max_state_dim": 64,
-    "action_model": GR00T_HEAD_SIZES,
+    "action_model": GR00T_HEAD_SIZES | NO_MASK,
 }
 GR00T_NAMES: Names = {**public_names("Linear"), **under("action_model", "action_head", gr00t_head())}
 
@@ -758,6 +765,9 @@ _OF_DIT = {
     "dropout": "action_model.dropout",
 }
 _OF_VL = {"num_layers": "action_model.num_vl_layers", "num_attention_heads": "action_model.num_vl_heads"}
+_OF_VL |= {"dropout": "action_model.vl_dropout"}
+_VL_ONLY = {"final_dropout": True, "positional_embeddings": None, "attention_bias": True}
+_VL_ONLY |= {"activation_fn": "gelu-approximate", "upcast_attention": False}
 N15_KEYS = (
     *_keys("", "gr00t/model/gr00t_n1.py", action_horizon="action_horizon", action_dim="max_action_dim"),
     *_only("", "gr00t/model/gr00t_n1.py, gr00t_n1d7.py", model_type="gr00t_n1_5", use_alternate_vl_dit=False),
@@ -768,10 +778,108 @@ N15_KEYS = (
     *_keys(_GR00T_DIT, _DIT_FILE, **_OF_DIT),
     *_only(_GR00T_DIT, _DIT_FILE, interleave_self_attention=True, **_TRANSFORMER_KEYS),
     *_keys(_GR00T_VL, _DIT_FILE, **_OF_VL),
-    *_only(_GR00T_VL, _DIT_FILE, final_dropout=True, positional_embeddings=None),
+    *_only(_GR00T_VL, _DIT_FILE, **_VL_ONLY),
     *_only(
         "backbone_cfg", "gr00t/model/backbone/eagle_backbone.py", project_to_dim=None, reproject_vision=False
     ),
+)
+
+# %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #87fe5fe9
+_COSMOS = "backbone.model"
+N17_ROWS = {"new_embodiment": 10, "libero_sim": 2, "simpler_env_google": 0, "simpler_env_widowx": 1}
+
+
+def n17_names(config: Mapping[str, Any]) -> Names:
+    """N1.7's names; the row of the robot is the configuration's `embodiment_row`."""
+    head = gr00t_head(config.get("embodiment_row", N17_ROWS["new_embodiment"]))
+    head = {ours: theirs for ours, theirs in head.items() if ours != "future_tokens"}
+    backbone = {
+        "vlm.model": _COSMOS,
+        "vlm.model.model.visual": (f"{_COSMOS}.model.visual", f"{_COSMOS}.visual"),
+        "vlm.model.model.language_model": (f"{_COSMOS}.model.language_model", f"{_COSMOS}.language_model"),
+    }
+    return {**backbone, **under("action_model", "action_head", head)}
+
+
+def n17_row(config: Mapping[str, Any]) -> tuple[int, str]:  # and where it is from
+    """The robot's row in the stacked encoders. Raises `ValueError` for one that nothing knows."""
+    if (row := config.get("embodiment_row")) is not None:
+        if not isinstance(row, int) or row < 0:
+            raise ValueError(f"embodiment_row is {row!r}, expected a number from 0 on")
+        return row, ""
+    tag, written = config.get("embodiment_tag") or "new_embodiment", config.get("embodiment_id")
+    known = written if isinstance(written, Mapping) else N17_ROWS
+    if not isinstance(known.get(tag), int):
+        raise ValueError(
+            f"embodiment_tag is {tag!r}{suggest(str(tag), known)}, or say --set embodiment_row=…"
+        )
+    source = "embodiment_id.json" if known is written else "NVIDIA's code: embodiment_id.json is not there"
+    return known[tag], f"row {known[tag]} of the robots' encoders is {tag}, from {source}"
+
+# %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #2913ba94
+PROCESSOR_N17 = (
+    "the original lowers an instruction's case and drops its punctuation (formalize_language), and crops and resizes "
+    "images (image_crop_size, image_target_size): instructions and images have to come so"
+)
+
+
+def complete_n17(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],  # of the checkpoint
+) -> tuple[dict[str, Any], list[str]]:
+    """The configuration with the robot's row, and what was assumed. Raises `ValueError` for a row that is not there."""
+    row, assumed = n17_row(config)
+    stacked = tensors.get("action_head.action_encoder.W1.b")
+    if stacked is not None and row >= len(stacked):
+        raise ValueError(f"embodiment_row is {row}, the checkpoint has {len(stacked)} robots")
+    said = [PROCESSOR_N17] if config.get("formalize_language", True) else []
+    return {**config, "embodiment_row": row}, [*([assumed] if assumed else []), *said]
+
+# %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #d385cd46
+N17_SECTION = {
+    "action_horizon": 40,
+    "max_action_dim": 132,
+    "max_state_dim": 132,
+    "action_model": GR00T_HEAD_SIZES
+    | {"num_layers": 32, "num_future_tokens": 0, "attend_text_every_n_blocks": 2, "mask_vl_padding": False}
+    | {"time_sampling": "n17", "state_dropout": 0.8},
+}
+_N17_FILE, _N17_DIT, _N17_VL = (
+    "gr00t/model/gr00t_n1d7/gr00t_n1d7.py",
+    "diffusion_model_cfg",
+    "vl_self_attention_cfg",
+)
+_N17_PROCESSOR = "gr00t/model/gr00t_n1d7/processing_gr00t_n1d7.py"
+_OF_N17 = {
+    "action_horizon": "action_horizon",
+    "max_action_dim": "max_action_dim",
+    "max_state_dim": "max_state_dim",
+    "num_inference_timesteps": _STEPS,
+    "max_seq_len": "action_model.max_positions",
+    "input_embedding_dim": "action_model.hidden_size",
+    "hidden_size": "action_model.mlp_size",
+    "attend_text_every_n_blocks": "action_model.attend_text_every_n_blocks",
+    "state_dropout_prob": "action_model.state_dropout",
+}
+N17_KEYS = (
+    *_keys("", _N17_FILE, **_OF_N17),
+    *_only("", _N17_FILE, model_type="Gr00tN1d7", use_alternate_vl_dit=True, state_history_length=1),
+    *_only(
+        "", _N17_FILE, num_timestep_buckets=TIME_BUCKETS, add_pos_embed=True, use_vlln=True, **_NOISE_KEYS
+    ),
+    *_only("", _N17_FILE, strict_action_padding_mask=False, exclude_state=False, backbone_model_type="qwen"),
+    *_only(
+        "", _N17_PROCESSOR, apply_sincos_state_encoding=False, letter_box_transform=False, use_tactile=False
+    ),
+    *_keys("", _N17_PROCESSOR, embodiment_tag="policy.embodiment", embodiment_row="policy.embodiment"),
+    *_keys("", _N17_PROCESSOR, use_percentiles="policy.normalization", use_mean_std="policy.normalization"),
+    *_keys("", _N17_PROCESSOR, use_relative_action="policy.action", formalize_language="policy.prompt"),
+    *_keys("", _N17_PROCESSOR, image_crop_size="policy.image_size", image_target_size="policy.image_size"),
+    *_keys("", "gr00t/model/modules/qwen3_backbone.py", select_layer="policy.select_layer"),
+    *_keys(_N17_DIT, _DIT_FILE, **_OF_DIT),
+    *_only(_N17_DIT, _DIT_FILE, interleave_self_attention=True, **_TRANSFORMER_KEYS),
+    *_keys(_N17_VL, _DIT_FILE, **_OF_VL),
+    *_only(_N17_VL, _DIT_FILE, **_VL_ONLY),
 )
 
 # %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #a8634e4a
@@ -820,8 +928,23 @@ CHECKPOINT_FORMATS: dict[str, CheckpointFormat] = {
         GR00T_NAMES,
         section=GR00T_SECTION,
         keys=N15_KEYS,
-        marks=("action_head.action_encoder.W1",),
+        wrapper="_groot_model",
+        marks=("backbone.eagle_model",),
         sizes=gr00t_sizes,
+    ),
+    "gr00t_n17": CheckpointFormat(
+        "GR00T N1.7: NVIDIA, LeRobot",
+        "GR00T",
+        n17_names({}),
+        section=N17_SECTION,
+        keys=N17_KEYS,
+        wrapper="_groot_model",
+        marks=("backbone.model.",),
+        residual=("qwen3_vl",),
+        sizes=gr00t_sizes,
+        complete=complete_n17,
+        names_for=n17_names,
+        layers=f"{_COSMOS}.model.language_model.layers.",
     ),
     "starvla_gr00t": _starvla(
         "GR00T",
