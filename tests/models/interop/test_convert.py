@@ -12,6 +12,7 @@ from vla_bench.config import ConfigError
 from vla_bench.data.normalize import Normalizer, load_statistics, save_statistics
 from vla_bench.models.interop.checkpoint_formats import CHECKPOINT_FORMATS
 from vla_bench.models.interop.convert import PolicySettings, convert, converted_spec, main
+from vla_bench.serving.policy import Policy
 
 EXPERT = "paligemma_with_expert.gemma_expert"
 
@@ -198,6 +199,30 @@ def test_the_prompt_of_a_pi05_is_taken_on_trust(openpi, tmp_path):
     format_name, source, config = openpi
     report = convert(format_name, source, config, tmp_path / "run")
     assert any("discrete_state_input" in said for said in report.assumed) == (format_name == "openpi_pi05")
+
+
+def test_a_pi05_without_a_state_is_converted_without_one(openpi, published, tmp_path):
+    format_name, source, config = openpi
+    if format_name == "openpi_pi0":
+        pytest.skip("its state is no part of the prompt")
+    (source / "config.json").write_text(json.dumps({"discrete_state_input": False}))
+    try:
+        with pytest.raises(
+            ConfigError, match="policy.state: this run was trained without a state .* leave it out"
+        ):
+            convert(format_name, source, config, tmp_path / "run")
+        config = {**config, "policy": published.policy_section(False)}
+        report = convert(format_name, source, config, tmp_path / "run")
+    finally:
+        (source / "config.json").unlink()
+    assert not any("discrete_state_input" in said for said in report.assumed)
+    policy = Policy.from_pretrained(tmp_path / "run")
+    assert policy.spec.state is None and policy.framework.prepare.prompt == "{lang}\n"
+    batch = policy.framework.prepare([published.example(state=False)])
+    pieces = policy.framework.vlm.prepare.processor.tokenizer.convert_ids_to_tokens(
+        batch["inputs"]["input_ids"][0]
+    )
+    assert pieces[-1] in ("\n", "<0x0A>", "Ċ"), pieces[-3:]
 
 
 def test_weights_of_the_other_pi_are_recognised(openpi, tmp_path):

@@ -6,9 +6,9 @@ Docs: https://vla-bench.github.io/vla_bench/models/interop/convert.html.md"""
 
 # %% auto #0
 __all__ = ['LEROBOT_MODES', 'ON_TRUST', 'Source', 'find_source_files', 'read_statistics', 'PolicySettings', 'policy_settings',
-           'dimension_modes', 'converted_spec', 'correct', 'recognise', 'check_policy', 'convert', 'original_settings',
-           'framework_section', 'on_trust', 'check_finite', 'check_depth', 'vision_sizes', 'check_image_size',
-           'load_converted', 'write_run', 'main']
+           'dimension_modes', 'converted_spec', 'correct', 'recognise', 'check_policy', 'convert', 'silences',
+           'original_settings', 'framework_section', 'on_trust', 'check_finite', 'check_depth', 'vision_sizes',
+           'check_image_size', 'load_converted', 'write_run', 'main']
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #d39009a0
 import argparse
@@ -42,6 +42,8 @@ from vla_bench.models.interop.checkpoint_formats import (
     list_formats,
     resolve,
     settings_of,
+    silent_keys,
+    unknown_keys,
     unwrapped,
     value_at,
 )
@@ -369,6 +371,7 @@ def convert(
     theirs = correct(files.config, [*corrections, *_asked(cfg, chosen)], chosen)
     recognise(format_name, theirs)
     original_settings(chosen, theirs)  # what is wrong there is said before gigabytes are read
+    unclear = silences(chosen, theirs)
     check_policy(theirs, settings)
     tensors = unwrapped(read_weights(files.weights), chosen)
     recognise(format_name, theirs, tensors)
@@ -384,7 +387,7 @@ def convert(
     check_depth(chosen, tensors, section)
     check_image_size(section, settings)
     framework, report = load_converted(chosen, tensors, section, settings, unused)
-    assumed += on_trust(chosen, theirs, cfg, section)
+    assumed += unclear + on_trust(chosen, theirs, cfg, section)
     report = replace(report, assumed=tuple(assumed))
     spec, statistics = converted_spec(settings, framework.horizon, files.statistics)
     record = {"format": format_name, "source": str(source), "corrections": list(corrections)}
@@ -417,6 +420,23 @@ def _whose(checkpoint_format: CheckpointFormat) -> str:
     return (
         f"{'StarVLA' if checkpoint_format.original else 'the checkpoint'}'s {checkpoint_format.config_file}"
     )
+
+# %% ../../../nbs/models/interop/20_convert.ipynb #c6cdaa28
+def silences(checkpoint_format: CheckpointFormat, theirs: Mapping[str, Any]) -> list[str]:
+    """What their configuration leaves out or has besides, and was taken on trust.
+
+    Raises `ConfigError` where leaving it out means another network, in a file that the original itself wrote.
+    """
+    found, whose = [], _whose(checkpoint_format)
+    for key in silent_keys(theirs, checkpoint_format.keys):
+        meant = "null" if key.default is None else str(key.default).lower()
+        said = f"{key.name} is missing, where the original takes {key.absent!r}; our network is built with {meant}"
+        if not checkpoint_format.original:  # StarVLA's file is written by hand, and may have been cut
+            raise ConfigError(f"{whose}: {said}. Say --set {key.name}={meant} if it was trained so")
+        found.append(said)
+    if unknown := unknown_keys(theirs, checkpoint_format):
+        found.append(f"{whose} has keys that this version does not know: {', '.join(sorted(unknown))}")
+    return found
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #02ec0bfe
 def original_settings(
