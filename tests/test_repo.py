@@ -43,6 +43,7 @@ CROSS_CUTTING = {
     "test_programs.py": "every component's module, run as a program",
     "test_repo.py": "the repository",
     "test_tutorials.py": "components of one's own, by hand and by the scaffold",
+    "evaluation/test_failures.py": "rollout, workers and report: a simulator that raises or dies",
     "evaluation/test_interruptions.py": "rollout and workers: an evaluation that is killed",
     "evaluation/test_refusals.py": "rollout and policy: what does not fit is refused",
     "evaluation/test_settings.py": "rollout and config: the section `evaluation`",

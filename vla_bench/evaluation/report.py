@@ -40,6 +40,7 @@ _RATE: dict[str, Kind] = {
     "successes": int,
     "episodes": int,
     "mean_steps": (float, None),
+    "errors?": int,  # episodes without an outcome
 }
 _SUMMARY: dict[str, Kind] = {**_RATE, "mean_over_tasks": (float, None), "per_task": dict, "fingerprint": dict}
 
@@ -49,13 +50,14 @@ def _read_summary(path: Path, records: Sequence[dict[str, Any]]) -> dict[str, An
     summary = read_json(path, _SUMMARY)
     check_fields(summary["fingerprint"], {"protocol?": dict}, f"{path}: in 'fingerprint'")
     check_fields(summary["per_task"], {task: _RATE for task in summary["per_task"]}, f"{path}: in 'per_task'")
-    if summary["episodes"] > len(records):
+    counts = summary["episodes"] + summary.get("errors", 0)
+    if counts > len(records):
         raise ValueError(
-            f"{path} sums up {summary['episodes']} episodes, {path.with_name('episodes.jsonl')} holds {len(records)}: "
+            f"{path} sums up {counts} episodes, {path.with_name('episodes.jsonl')} holds {len(records)}: "
             "evaluate again, which runs what is missing"
         )
     counted = summarize(records)
-    if summary["episodes"] == len(records) and (odd := [k for k in counted if counted[k] != summary[k]]):
+    if counts == len(records) and (odd := [k for k in counted if counted[k] != summary[k]]):
         raise ValueError(
             f"{path}: {odd[0]!r} is {summary[odd[0]]!r:.60}, the episodes give {counted[odd[0]]!r:.60}: one of the two files was edited"
         )
@@ -138,7 +140,7 @@ def report_text(run: str | Path) -> str:
         for row in rows:
             steps = "-" if row["mean_steps"] is None else f"{row['mean_steps']:.0f}"
             rate = "    -" if row["success_rate"] is None else f"{100 * row['success_rate']:5.1f}"
-            errors = f"  {row['errors']} without an outcome: the simulator hung" if "errors" in row else ""
+            errors = f"  {row['errors']} without an outcome: the simulator failed" if "errors" in row else ""
             parts.append(
                 f"  {row['task']:{width}s}  {row['successes']:4d}/{row['episodes']:<4d} {rate}%"
                 f"  [{100 * row['low']:5.1f}, {100 * row['high']:5.1f}]  {steps:>4s} steps{errors}"
