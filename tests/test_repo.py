@@ -43,6 +43,7 @@ CROSS_CUTTING = {
     "test_programs.py": "every component's module, run as a program",
     "test_repo.py": "the repository",
     "test_tutorials.py": "components of one's own, by hand and by the scaffold",
+    "evaluation/test_failures.py": "rollout, workers and report: a simulator that raises or dies",
     "benchmarks/test_metaworld_episodes.py": "metaworld and rollout: what an episode of a simulator is made of",
     "evaluation/test_episodes.py": "rollout: what an episode is made of",
     "evaluation/test_fingerprint.py": "rollout and layout: each field of a comparison, changed alone",

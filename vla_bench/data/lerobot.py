@@ -435,15 +435,21 @@ def dataset_arguments(
     return {"root": root, "horizon": horizon, **named}
 
 # %% ../../nbs/data/60_lerobot.ipynb #shows009
-def main(argv: Sequence[str] | None = None) -> None:
+def main(
+    argv: Sequence[str] | None = None,
+    made_up: bool = False,  # show a made-up dataset where none is named
+) -> None:
     """Validates a dataset and prints one sample; exit status 1 when something is wrong."""
     parser = argparse.ArgumentParser(description="Check a LeRobot dataset and print one sample.")
     parser.usage = "%(prog)s [-h] [PATH | --config_yaml FILE [key=value ...]] [--horizon T]"
     parser.add_argument("--config_yaml", help="a configuration that names the dataset; overrides may follow")
     parser.add_argument("--horizon", type=int, help="actions in the printed chunk")
     options, words = parser.parse_known_args(argv)
-    if options.config_yaml is None and (words[1:] or "".join(words).startswith("-")):
-        parser.error(f"unrecognized arguments: {' '.join(words)}; expected the dataset's folder")
+    if options.config_yaml is None:
+        if words[1:] or "".join(words).startswith("-"):
+            parser.error(f"unrecognized arguments: {' '.join(words)}; expected the dataset's folder")
+        if not words and not made_up:
+            parser.error("the dataset's folder is missing")
     with cli_errors(), tempfile.TemporaryDirectory() as folder:
         if options.config_yaml is not None:
             arguments = dataset_arguments(options.config_yaml, words)
@@ -480,4 +486,4 @@ def _describe(dataset: LeRobotDataset) -> None:
 
 # %% ../../nbs/data/60_lerobot.ipynb #5ee96904
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
-    main()
+    main(made_up=True)

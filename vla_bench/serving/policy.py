@@ -7,6 +7,10 @@ Docs: https://vla-bench.github.io/vla_bench/serving/policy.html.md"""
 # %% auto #0
 __all__ = ['load_normalizers', 'sample_from', 'Policy', 'main']
 
+# %% ../../nbs/serving/20_policy.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.serving"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../nbs/serving/20_policy.ipynb #56ff71c6
 import argparse
 import hashlib

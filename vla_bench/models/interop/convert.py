@@ -10,6 +10,10 @@ __all__ = ['LEROBOT_MODES', 'ON_TRUST', 'Source', 'find_source_files', 'read_sta
            'original_settings', 'framework_section', 'on_trust', 'check_finite', 'check_depth', 'vision_sizes',
            'check_image_size', 'load_converted', 'write_run', 'main']
 
+# %% ../../../nbs/models/interop/20_convert.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.models.interop"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../../nbs/models/interop/20_convert.ipynb #d39009a0
 import argparse
 import re
