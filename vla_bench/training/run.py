@@ -6,9 +6,9 @@ Docs: https://vla-bench.github.io/vla_bench/training/run.html.md"""
 
 # %% auto #0
 __all__ = ['COUNTS', 'FIELDS', 'FREE_KEYS', 'PLACES', 'TrainerSettings', 'DataSettings', 'check_modes', 'RunSettings', 'Data',
-           'open_data', 'policy_spec', 'check_processes', 'make_accelerator', 'differences', 'find_resume',
-           'check_dtype', 'inside', 'check_ranges', 'load_framework', 'Run', 'progress', 'check_data', 'restore',
-           'start_folder', 'make_optimizer', 'set_up', 'save', 'finish']
+           'open_dataset', 'open_data', 'policy_spec', 'check_processes', 'make_accelerator', 'differences',
+           'find_resume', 'check_dtype', 'inside', 'check_ranges', 'load_framework', 'Run', 'progress', 'check_data',
+           'restore', 'start_folder', 'make_optimizer', 'set_up', 'save', 'finish']
 
 # %% ../../nbs/training/25_run.ipynb #grun0002
 import os
@@ -140,6 +140,7 @@ class DataSettings:
     shift_pixels: int = 0  # augmentation, see `augment`
     state_noise: float = 0.0
     horizon: int | None = None  # actions per chunk; follows framework.action_horizon, and must agree if given
+    follow_links: bool = False  # read files that are links out of the dataset's folder
 
     def __post_init__(self):
         key = "datasets.vla_data"
@@ -208,6 +209,21 @@ class Data:
         return self.train.state_layout.dim if self.train.state_layout else 0
 
 # %% ../../nbs/training/25_run.ipynb #c68d5cc6
+def open_dataset(
+    settings: DataSettings,
+    horizon: int = 1,
+) -> LeRobotDataset:
+    """The whole dataset in physical units, by every setting: what training, notebooks and programs look at."""
+    return LeRobotDataset(
+        settings.root,
+        horizon=horizon,
+        cameras=settings.cameras,
+        action_key=settings.action_key,
+        state_key=settings.state_key,
+        follow_links=settings.follow_links,
+    )
+
+
 def open_data(
     settings: DataSettings,
     horizon: int,  # of the framework
@@ -219,13 +235,7 @@ def open_data(
             f"datasets.vla_data.horizon is {settings.horizon} but framework.action_horizon is {horizon}; "
             "a chunk that the model does not predict in full cannot be a label: leave the first one out"
         )
-    whole = LeRobotDataset(
-        settings.root,
-        horizon=horizon,
-        cameras=settings.cameras,
-        action_key=settings.action_key,
-        state_key=settings.state_key,
-    )
+    whole = open_dataset(settings, horizon)
     train, held_out = split_episodes(whole.episodes, settings.held_out, seed)
     statistics = whole.select(train).statistics()
     fields = [name for name in ("action", "state") if statistics.get(name) is not None]
