@@ -476,10 +476,12 @@ def _names(self: Config) -> list[str]:
 @patch
 def require_names(self: Config, known: Sequence[str]) -> None:
     """Raises `ConfigError` for a key of this section that is not below one of the known names."""
+    whole = _is_at_or_below(self._prefix, NOT_YET)  # read by a program of its own, if by no trainer
     for key in self._names():
-        _refuse_not_yet(key, _select(self._tree, key), self._where)
+        if not whole:
+            _refuse_not_yet(key, _select(self._tree, key), self._where)
         name = key.removeprefix(self._prefix + ".").partition(".")[0]
-        if name not in known and not _is_at_or_below(key, NOT_YET):
+        if name not in known and (whole or not _is_at_or_below(key, NOT_YET)):
             self._refuse(key, name, known)
 
 
