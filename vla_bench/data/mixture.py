@@ -7,7 +7,7 @@ Docs: https://vla-bench.github.io/vla_bench/data/mixture.html.md"""
 # %% auto #0
 __all__ = ['MIXTURES', 'MixtureEntry', 'register_mixture', 'read_mixture', 'Widths', 'pad_sample', 'Member', 'Mixture']
 
-# %% ../../nbs/data/65_mixture.ipynb #9437dbe9
+# %% ../../nbs/data/65_mixture.ipynb #d82644b0
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,9 +18,9 @@ import yaml
 from fastcore.basics import patch
 from PIL import Image
 
-from .lerobot import LeRobotDataset
 from .order import MixtureOrder
 from .sample import Sample
+from .seen import SeenDataset
 from ..files import Kind, check_fields
 from ..registry import suggest
 
@@ -144,12 +144,12 @@ def pad_sample(
         padded["image"] = sample["image"] + [Image.new("RGB", sample["image"][0].size)] * missing
     return padded
 
-# %% ../../nbs/data/65_mixture.ipynb #0b6420de
+# %% ../../nbs/data/65_mixture.ipynb #11ef31a3
 @dataclass(frozen=True)
 class Member:
     """A dataset in a mixture."""
 
-    dataset: LeRobotDataset  # with its own normalisers and its own name
+    dataset: SeenDataset  # with a view of its own: scales, action mode, history
     prompt: str = "{lang}"
     weight: float | None = None
 
@@ -165,16 +165,16 @@ class Mixture:
         _check_members(self.members)
         self.starts = np.cumsum([0, *map(len, self.datasets)])
         self.widths = Widths(
-            max(d.action_layout.dim for d in self.datasets),
-            max(d.state_layout.dim if d.state_layout else 0 for d in self.datasets),
-            max(len(d.cameras) for d in self.datasets),
+            max(d.action_dim for d in self.datasets),
+            max(d.state_dim for d in self.datasets),
+            max(len(d.cameras) * len(d.view.history) for d in self.datasets),
         )
-        self.narrower = any(d.action_layout.dim < self.widths.action for d in self.datasets)
+        self.narrower = any(d.action_dim < self.widths.action for d in self.datasets)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-# %% ../../nbs/data/65_mixture.ipynb #f00ba7df
+# %% ../../nbs/data/65_mixture.ipynb #3dfca0fb
 def _check_members(members: Sequence[Member]) -> None:
     """Raises `ValueError` for a name that two datasets share, and for what a batch cannot hold together."""
     names = [member.dataset.name for member in members]
@@ -187,8 +187,8 @@ def _check_members(members: Sequence[Member]) -> None:
                 f"{dataset.name} gives chunks of {dataset.horizon} actions, {first.name} of {first.horizon}; "
                 "a mixture has one horizon"
             )
-        if (dataset.state_layout is None) != (first.state_layout is None):
-            with_state, without = (first, dataset) if dataset.state_layout is None else (dataset, first)
+        if bool(dataset.state_dim) != bool(first.state_dim):
+            with_state, without = (dataset, first) if dataset.state_dim else (first, dataset)
             raise ValueError(
                 f"{with_state.name} has a state and {without.name} has none; set state_key to null for all of them"
             )
