@@ -31,7 +31,7 @@ from fastcore.basics import patch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .files import write_whole
+from .files import write_text
 from .registry import FRAMEWORKS, RegistryError, suggest
 from .settings import get_setting
 
@@ -586,8 +586,7 @@ def save(self: Config, path: str | Path) -> None:
     content = _resolved(self._tree, self._where)
     keys = [key for key, _ in _leaves(content) if not _is_at_or_below(key, ["extra"]) and self._is_added(key)]
     tree = OmegaConf.create(content | ({"extra_keys": keys} if keys else {}))
-    with write_whole(path) as temporary:
-        temporary.write_text(OmegaConf.to_yaml(tree), encoding="utf-8")
+    write_text(path, OmegaConf.to_yaml(tree))
 
 # %% ../nbs/20_config.ipynb #d69a64c6
 def _names_in(node: yaml.Node | None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -24,7 +24,9 @@ from ..data.normalize import Normalizer
 from ..data.order import MixtureOrder, row_at
 from ..data.sample import Sample
 from ..data.transforms import NO_TRANSFORMS, ImageTransforms, RandomShift, transform_sample
-from ..files import append_jsonl, is_kind, read_jsonl, write_whole
+from ..files import append_jsonl, is_kind, read_jsonl, write_text
+from .checkpoint import what_stands
+from .stopping import leave_signals
 
 # %% ../../nbs/training/20_loop.ipynb #aaa572c1
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def make_loader(
         batch_sampler=batches,
         collate_fn=prepare,
         num_workers=num_workers,
+        worker_init_fn=leave_signals,
         prefetch_factor=4 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(0),
@@ -203,14 +206,15 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 # %% ../../nbs/training/20_loop.ipynb #47d7f7d0
 class MetricsLog:
-    """Appends rows to `metrics.jsonl`, after dropping those beyond the step that the run continues from."""
+    """Appends rows to `metrics.jsonl` of a run folder, after dropping those beyond the step that the run continues from."""
 
     def __init__(self, path: str | Path, step: int = 0):
         kept = [row for row in read_metrics(path) if row["step"] <= step]
-        with write_whole(path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        with what_stands(Path(path).parent):
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.path = Path(path)
 
     def write(self, step: int, **values: float) -> None:
         """One row, on the disk when this returns. Raises `ValueError` for a number that is not finite."""
-        append_jsonl(self.path, {"step": step, **values})
+        with what_stands(self.path.parent):
+            append_jsonl(self.path, {"step": step, **values})
