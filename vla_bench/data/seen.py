@@ -7,19 +7,19 @@ Docs: https://vla-bench.github.io/vla_bench/data/seen.html.md"""
 # %% auto #0
 __all__ = ['seen_statistics', 'SeenDataset']
 
-# %% ../../nbs/data/64_seen.ipynb #04d0e942
+# %% ../../nbs/data/64_seen.ipynb #280ca4f9
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
 
-from .action_modes import Encoding, action_statistics, encode_state, encoded_layout
+from .action_modes import Encoding, action_statistics, encode_state
 from .layout import Layout
 from .lerobot import LeRobotDataset
 from .normalize import Statistics, compute_statistics
 from .sample import Sample
-from .view import ModelView
+from .view import ModelView, robot_dims
 from .windows import join_history, window_rows
 
 # %% ../../nbs/data/64_seen.ipynb #173ab25f
@@ -47,7 +47,7 @@ def seen_statistics(
     action = action_statistics(encoding, tables, datasets[0].horizon)
     return {"action": action, "state": _encoded_states(encoding, datasets), **counts}
 
-# %% ../../nbs/data/64_seen.ipynb #cf85219b
+# %% ../../nbs/data/64_seen.ipynb #b8592021
 class SeenDataset:
     """A dataset with the numbers and windows of a model's view; images are those that were recorded."""
 
@@ -64,40 +64,11 @@ class SeenDataset:
     def __len__(self) -> int:
         return len(self.dataset)
 
-# %% ../../nbs/data/64_seen.ipynb #36293ca9
-@patch
-def _window(self: SeenDataset, index: int, offsets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Samples at some offsets within the episode, and which of them are not real."""
-    starts = self.dataset.starts
-    episode = int(np.searchsorted(starts, index, side="right")) - 1
-    return window_rows(index, int(starts[episode]), int(starts[episode + 1]), offsets)
+    def with_view(self, view: ModelView) -> "SeenDataset":
+        """The same dataset seen by another model."""
+        return SeenDataset(self.dataset, view, self.future)
 
-
-@patch
-def __getitem__(self: SeenDataset, index: int) -> Sample:
-    sample = self.dataset[index]
-    rows, is_pad = self._window(index, self.view.history)
-    moments = [sample if row == index else self.dataset[int(row)] for row in rows]
-    states = np.stack([moment["state"] for moment in moments]) if "state" in sample else None
-    if len(moments) > 1:
-        sample |= join_history(moments, is_pad)
-    sample["action"] = self.view.actions(sample["action"], states)
-    if states is not None:
-        sample["state"] = self.view.state(states)
-    return sample | self._later(index) if self.future else sample
-
-# %% ../../nbs/data/64_seen.ipynb #dcf7c102
-@patch
-def _later(self: SeenDataset, index: int) -> Sample:
-    rows, is_pad = self._window(index, self.future)
-    images = [self.dataset[int(row)]["image"] for row in rows]
-    cameras = range(len(self.dataset.cameras))
-    return {
-        "future": [moment[camera] for camera in cameras for moment in images],
-        "future_is_pad": np.tile(is_pad, len(cameras)),
-    }
-
-# %% ../../nbs/data/64_seen.ipynb #5b7d4153
+# %% ../../nbs/data/64_seen.ipynb #851f43d1
 @patch(as_prop=True)
 def name(self: SeenDataset) -> str:
     """Names the statistics."""
@@ -133,19 +104,48 @@ def state_layout(self: SeenDataset) -> Layout | None:
     """What a physical state means; None when none is read."""
     return self.dataset.state_layout
 
-# %% ../../nbs/data/64_seen.ipynb #5d6f1169
+# %% ../../nbs/data/64_seen.ipynb #72a4098b
+@patch(as_prop=True)
+def dims(self: SeenDataset) -> tuple[int, int]:
+    """Numbers of an action, and of a state of all observations, as the model sees them; before padding."""
+    return robot_dims(self.view.encoding, self.action_layout, self.state_layout, len(self.view.history))
+
+
 @patch(as_prop=True)
 def action_dim(self: SeenDataset) -> int:
-    """Numbers of an action as the model sees it."""
-    encoding = self.view.encoding
-    return encoded_layout(encoding, "action").dim if encoding else self.action_layout.dim
+    """Numbers of an action, as the model sees it; before padding."""
+    return self.dims[0]
+
+# %% ../../nbs/data/64_seen.ipynb #f9372f67
+@patch
+def _window(self: SeenDataset, index: int, offsets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Samples at some offsets within the episode, and which of them are not real."""
+    starts = self.dataset.starts
+    episode = int(np.searchsorted(starts, index, side="right")) - 1
+    return window_rows(index, int(starts[episode]), int(starts[episode + 1]), offsets)
 
 
-@patch(as_prop=True)
-def state_dim(self: SeenDataset) -> int:
-    """Numbers of a state as the model sees it, of all observations; 0 without proprioception."""
-    if self.state_layout is None:
-        return 0
-    encoding = self.view.encoding
-    one = encoded_layout(encoding, "state").dim if encoding else self.state_layout.dim
-    return one * len(self.view.history)
+@patch
+def __getitem__(self: SeenDataset, index: int) -> Sample:
+    sample = self.dataset[index]
+    rows, is_pad = self._window(index, self.view.history)
+    moments = [sample if row == index else self.dataset[int(row)] for row in rows]
+    states = np.stack([moment["state"] for moment in moments]) if "state" in sample else None
+    if len(moments) > 1:
+        sample |= join_history(moments, is_pad)
+    sample["action"] = self.view.actions(sample["action"], states)
+    if states is not None:
+        sample["state"] = self.view.state(states)
+    sample |= self._later(index) if self.future else {}
+    return self.view.shaped(sample, self.action_dim)
+
+# %% ../../nbs/data/64_seen.ipynb #150dab97
+@patch
+def _later(self: SeenDataset, index: int) -> Sample:
+    rows, is_pad = self._window(index, self.future)
+    images = [self.dataset[int(row)]["image"] for row in rows]
+    cameras = range(len(self.dataset.cameras))
+    return {
+        "future": [moment[camera] for camera in cameras for moment in images],
+        "future_is_pad": np.tile(is_pad, len(cameras)),
+    }

@@ -24,7 +24,7 @@ from ..config import cli_errors
 from ..data.layout import PolicySpec, spec_to_dict
 from ..data.normalize import Normalizer, load_statistics, statistics_hash
 from ..data.sample import Sample, check_sample
-from ..data.view import model_dims, spec_view
+from ..data.view import model_dims, robot_dims, spec_view
 from ..files import file_hash, naming, read_manifest
 from ..models.attention_map import AttentionMap
 from ..models.frameworks.framework import Framework
@@ -105,7 +105,8 @@ def sample_from(
     sample |= {"dataset": spec.dataset, "origin": "observation"}
     _check_images(sample["image"], spec)
     states = _check_state(observation.get("state"), spec) if spec.state else None
-    sample = spec_view(spec, normalizers).see(sample, states)
+    view = spec_view(spec, normalizers)
+    sample = view.see(sample, states, robot_dims(view.encoding, spec.action, spec.state)[0])
     check_sample(sample)
     return sample
 
@@ -141,7 +142,8 @@ class Policy:
         generator = torch.Generator(device).manual_seed(seed)
         predicted = self.framework.predict_action([sample], generator=generator)["normalized_actions"][0]
         states = _check_state(observation["state"], self.spec) if self.spec.state else None
-        return self.view.physical(predicted, states)
+        own = robot_dims(self.view.encoding, self.spec.action, self.spec.state)[0]
+        return self.view.physical(predicted[:, :own], states)
 
 # %% ../../nbs/serving/20_policy.ipynb #5c2744e8
 def _fingerprint(checkpoint: Path, spec: PolicySpec) -> str:
