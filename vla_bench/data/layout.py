@@ -10,8 +10,9 @@ __all__ = ['LAYOUT_CHOICES', 'Layout', 'layout_differences', 'PolicySpec', 'spec
 # %% ../../nbs/data/10_layout.ipynb #dc88eadc
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 # %% ../../nbs/data/10_layout.ipynb #0893769b
 @dataclass(frozen=True)
@@ -80,6 +81,12 @@ class PolicySpec:
     dataset: str  # whose statistics apply
     statistics_hash: str  # of dataset_statistics.json
     benchmark: str = ""  # the simulator that the demonstrations come from, if any
+    encoding: Mapping[str, Any] | None = (
+        None  # what the model sees of action and state, see `Encoding`; None: them
+    )
+    image_transforms: Sequence[Mapping[str, Any]] = ()  # done to every image, see `ImageTransforms`
+    observation_steps: int = 1  # observations that the model sees at once, the present one among them
+    observation_stride: int = 1  # control steps between two
 
     @property
     def hash(self) -> str:
@@ -87,8 +94,15 @@ class PolicySpec:
         return hashlib.sha256(json.dumps(_plain(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
+_LATER = ("encoding", "image_transforms", "observation_steps", "observation_stride")
+
+
 def _plain(spec: PolicySpec) -> dict:
-    return json.loads(json.dumps({f.name: getattr(spec, f.name) for f in fields(spec)}, default=asdict))
+    """The fields as JSON. Those of `_LATER` only where they say something: a checkpoint keeps the hash it had."""
+    defaults = {f.name: f.default for f in fields(spec) if f.name in _LATER}
+    values = {f.name: getattr(spec, f.name) for f in fields(spec)}
+    kept = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+    return json.loads(json.dumps(kept, default=asdict))
 
 # %% ../../nbs/data/10_layout.ipynb #9d592a32
 def spec_to_dict(spec: PolicySpec) -> dict:
@@ -104,13 +118,12 @@ def spec_from_dict(
     values = dict(content)
     stored = values.pop("hash", None)
     names = {f.name for f in fields(PolicySpec)}
-    if values.keys() != names:
-        odd = sorted(values.keys() ^ names)
+    if odd := sorted((values.keys() ^ names) - set(_LATER)):
         raise ValueError(f"{where}: these fields are missing or unknown: {', '.join(odd)}")
     for key in ("action", "state"):
         values[key] = Layout(**values[key]) if values[key] else None
-    for key in ("cameras", "image_size"):
-        values[key] = tuple(values[key])
+    for key in ("cameras", "image_size", "image_transforms"):
+        values[key] = tuple(values.get(key, ()))
     spec = PolicySpec(**values)
     if spec.hash != stored:
         raise ValueError(

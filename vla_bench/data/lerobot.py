@@ -6,7 +6,7 @@ Docs: https://vla-bench.github.io/vla_bench/data/lerobot.html.md"""
 
 # %% auto #0
 __all__ = ['window', 'Table', 'read_table', 'read_image', 'camera_keys', 'short_name', 'EpisodeSubset', 'choose_episodes',
-           'LeRobotDataset', 'validate', 'main']
+           'LeRobotDataset', 'validate', 'made_up_dataset', 'dataset_arguments', 'main']
 
 # %% ../../nbs/data/60_lerobot.ipynb #00bddfb7
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -16,6 +16,7 @@ if __name__ == "__main__" and "__file__" in globals() and not __package__:
 import argparse
 import copy
 import io
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,7 +28,7 @@ import pyarrow.parquet as pq
 from fastcore.basics import patch
 from PIL import Image
 
-from ..config import cli_errors
+from ..config import cli_errors, load_config, require
 from .layout import Layout
 from vla_bench.data.lerobot_files import (
     DatasetError,
@@ -40,6 +41,7 @@ from vla_bench.data.lerobot_files import (
 from .normalize import Normalizer, compute_statistics
 from .sample import Sample
 from .video import VideoError, reader
+from .writer import LeRobotWriter
 from ..registry import suggest
 
 # %% ../../nbs/data/60_lerobot.ipynb #b982130e
@@ -403,23 +405,64 @@ def validate(
     return problems
 
 # %% ../../nbs/data/60_lerobot.ipynb #107ea917
+def made_up_dataset(root: str | Path) -> Path:
+    """Writes two episodes of ten frames, a square that moves as its action says."""
+    names = ("row", "column")
+    action, state = (Layout(names, kind=kind, units="pixels") for kind in ("delta", "absolute"))
+    with LeRobotWriter(root, fps=10, cameras={"top": (32, 32)}, state=state, action=action) as writer:
+        for task, step in {"move down": (2.0, 0.0), "move right": (0.0, 2.0)}.items():
+            moves = np.tile(np.array(step), (10, 1))
+            places = 4 + np.cumsum(moves, axis=0) - moves
+            frames = np.zeros((10, 32, 32, 3), np.uint8)
+            for frame, (row, column) in zip(frames, places.astype(int)):
+                frame[row : row + 4, column : column + 4] = 255
+            writer.add_episode(images={"top": frames}, state=places, action=moves, task=task)
+    return Path(root)
+
+# %% ../../nbs/data/60_lerobot.ipynb #shows008
+def dataset_arguments(
+    config: str,  # a YAML file, or a run folder
+    overrides: Sequence[str],
+) -> dict[str, Any]:  # of `LeRobotDataset`
+    """What a configuration says of its dataset. Raises `ConfigError` for one that names none."""
+    cfg = load_config(config, overrides)
+    section, horizon = cfg.section("datasets.vla_data").to_dict(), cfg.get("framework.action_horizon", 4)
+    cfg.require_read()
+    require(
+        isinstance(root := section.get("root"), str), "datasets.vla_data.root", "a dataset's folder", root
+    )
+    named = {key: section[key] for key in ("cameras", "action_key", "state_key") if key in section}
+    return {"root": root, "horizon": horizon, **named}
+
+# %% ../../nbs/data/60_lerobot.ipynb #shows009
 def main(argv: Sequence[str] | None = None) -> None:
     """Validates a dataset and prints one sample; exit status 1 when something is wrong."""
     parser = argparse.ArgumentParser(description="Check a LeRobot dataset and print one sample.")
-    parser.add_argument("path", help="the dataset's folder")
-    parser.add_argument("--horizon", type=int, default=4, help="actions in the printed chunk")
-    options = parser.parse_args(argv)
-    problems = validate(options.path)
-    for line in problems:
-        print(f"problem: {line}")
-    if problems:
+    parser.usage = "%(prog)s [-h] [PATH | --config_yaml FILE [key=value ...]] [--horizon T]"
+    parser.add_argument("--config_yaml", help="a configuration that names the dataset; overrides may follow")
+    parser.add_argument("--horizon", type=int, help="actions in the printed chunk")
+    options, words = parser.parse_known_args(argv)
+    if options.config_yaml is None and (words[1:] or "".join(words).startswith("-")):
+        parser.error(f"unrecognized arguments: {' '.join(words)}; expected the dataset's folder")
+    with cli_errors(), tempfile.TemporaryDirectory() as folder:
+        if options.config_yaml is not None:
+            arguments = dataset_arguments(options.config_yaml, words)
+        else:
+            arguments = {
+                "root": words[0] if words else made_up_dataset(Path(folder, "made_up")),
+                "horizon": 4,
+            }
+        _show(arguments if options.horizon is None else {**arguments, "horizon": options.horizon})
+
+
+def _show(arguments: dict[str, Any]) -> None:
+    """Prints what is wrong with a dataset, and otherwise what it holds."""
+    if problems := validate(arguments["root"]):
+        print("\n".join(f"problem: {line}" for line in problems))
         raise SystemExit(1)
-    with cli_errors():
-        has_state = "observation.state" in read_files(options.path).features
-        dataset = LeRobotDataset(
-            options.path, horizon=options.horizon, state_key="observation.state" if has_state else None
-        )
-        _describe(dataset)
+    if "state_key" not in arguments and "observation.state" not in read_files(arguments["root"]).features:
+        arguments = {**arguments, "state_key": None}
+    _describe(LeRobotDataset(**arguments))
 
 
 def _describe(dataset: LeRobotDataset) -> None:

@@ -8,6 +8,10 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/flow_inference.html.md"
 __all__ = ['StepCache', 'make_schedule', 'cache_keys_values', 'CachedFlowSampler', 'FlowMatchingInferenceHead',
            'LayerwiseFlowMatchingInference']
 
+# %% ../../../nbs/models/heads/45_flow_inference.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.models.heads"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../../nbs/models/heads/45_flow_inference.ipynb #11c412f0
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,3 +116,14 @@ class LayerwiseFlowMatchingInference(CachedFlowSampler, LayerwiseFlowMatchingHea
     """`LayerwiseFlowMatchingHead` for inference: same parameters, same actions, each thing computed once."""
 
     trained_as = "LayerwiseFlowMatching"
+
+# %% ../../../nbs/models/heads/45_flow_inference.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.show import show_heads
+
+    small = {"hidden_size": 64, "num_layers": 2, "num_heads": 4}
+    kinds = {
+        "FlowMatchingInference": "FlowMatching",
+        "LayerwiseFlowMatchingInference": "LayerwiseFlowMatching",
+    }
+    show_heads({name: small for name in kinds}, trained_as=kinds)

@@ -7,6 +7,10 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/flow_matching.html.md""
 # %% auto #0
 __all__ = ['check_flow_sizes', 'position_rows', 'DiTFlowHead', 'vl_self_attention', 'FlowMatchingHead']
 
+# %% ../../../nbs/models/heads/40_flow_matching.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.models.heads"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../../nbs/models/heads/40_flow_matching.ipynb #63a429f1
 from collections.abc import Sequence
 from dataclasses import replace
@@ -310,3 +314,9 @@ def contexts(self: FlowMatchingHead, encoded: Features) -> Tensor:
 def layer_classes(self: FlowMatchingHead) -> set[type[nn.Module]]:
     """The blocks of the transformer, and of the self-attention on the backbone's states."""
     return {DiTBlock} | ({SelfAttentionBlock} if self.vl is not None else set())
+
+# %% ../../../nbs/models/heads/40_flow_matching.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.show import show_heads
+
+    show_heads({"FlowMatching": {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_future_tokens": 4}})

@@ -20,13 +20,13 @@ from typing import Any
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from ...config import Config, ConfigError, cli_errors, load_config, read_yaml, suggest
 from ...data.layout import Layout, PolicySpec, spec_to_dict
 from ...data.normalize import Normalizer, Statistics, save_statistics, statistics_hash
 from ...files import read_json, write_json, write_whole_folder
+from ..backbones.component_loading import read_config
 from ..backbones.processor import load_processor, model_type
 from ..frameworks.build import build_framework
 from ..frameworks.framework import Framework
@@ -475,7 +475,7 @@ def check_image_size(section: Mapping[str, Any], settings: PolicySettings) -> No
         return  # a composed backbone resizes images itself, to the size of its encoders
     blank = Image.new("RGB", tuple(reversed(settings.image_size)))
     pixels = load_processor(base).image_processor(images=[blank], return_tensors="pt")["pixel_values"]
-    expected = vision_sizes(AutoConfig.from_pretrained(base).to_dict())
+    expected = vision_sizes(read_config(base).to_dict())
     if pixels.ndim >= 4 and expected and pixels.shape[-1] not in expected:
         raise ConfigError(
             f"{base}: its processor makes images of {pixels.shape[-1]} pixels, its vision encoder reads "
