@@ -22,6 +22,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from ...data.sample import Sample
+from ...files import checkpoint_of
 from ..attention_map import AttentionMap, attention_map
 from ..backbones.tokens import last_state
 from ..backbones.vlm import VLM
@@ -280,12 +281,12 @@ def save_pretrained(self: Framework, folder: str | Path) -> None:
 @patch(cls_method=True)
 def from_pretrained(
     cls: Framework,
-    folder: str | Path,
+    folder: str | Path,  # a checkpoint, or a run: its newest whole one
     *,
     inference: bool = False,  # whether `framework.inference_model` applies
 ) -> Framework:
     """The framework that `save_pretrained` wrote. Raises `FileNotFoundError`, or `ValueError` for wrong weights."""
-    folder = Path(folder)
+    folder = checkpoint_of(folder)
     config = read_section(folder / "framework.json")
     dims = {name: config.pop(name) for name in ("action_dim", "state_dim")}
     section = from_folder(config, folder, inference=inference)
