@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/idefics.html.md"""
 # %% auto #0
 __all__ = ['Idefics3']
 
+# %% ../../../nbs/models/backbones/36_idefics.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.backbones"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/backbones/36_idefics.ipynb #bdfc9d5a
 from pathlib import Path
 
@@ -43,3 +49,9 @@ class Idefics3(SquareVLM):
         images = processor.image_processor
         images.do_image_splitting, images.size = False, images.max_image_size
         return processor
+
+# %% ../../../nbs/models/backbones/36_idefics.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.backbones.show import show_backbones
+
+    show_backbones("idefics3", "smolvlm")

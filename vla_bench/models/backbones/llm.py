@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/llm.html.md"""
 # %% auto #0
 __all__ = ['PROMPT', 'add_tokens', 'load_tokenizer', 'LanguageModel', 'Llama', 'Gemma', 'Qwen2', 'Qwen3']
 
+# %% ../../../nbs/models/backbones/42_llm.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.backbones"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/backbones/42_llm.ipynb #35601c34
 from pathlib import Path
 
@@ -110,3 +116,9 @@ class Qwen3(LanguageModel):
     """Qwen3 (Qwen Team 2025), the language model of Eagle 2.5 in GR00T N1.5."""
 
     kinds = ("qwen3",)
+
+# %% ../../../nbs/models/backbones/42_llm.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.backbones.show import show_language_models
+
+    show_language_models({name: {"path": name.lower()} for name in ("Llama", "Gemma", "Qwen2", "Qwen3")})

@@ -9,6 +9,12 @@ __all__ = ['PromptTemplate', 'PrismaticProcessor', 'PrismaticVisionConfig', 'Pri
            'PrismaticForConditionalGeneration', 'check_projector', 'assemble', 'PrismaticPrepare', 'Prismatic',
            'compose']
 
+# %% ../../../nbs/models/backbones/44_prismatic.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.backbones"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/backbones/44_prismatic.ipynb #d8f2a321
 import json
 from collections.abc import Mapping, Sequence
@@ -421,3 +427,9 @@ def compose(
 def _typed(registry: Registry, written: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings under the one name of a component, whatever spelling was written."""
     return {**settings, "type": registry.canonical(written["type"])}
+
+# %% ../../../nbs/models/backbones/44_prismatic.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.backbones.show import show_backbones
+
+    show_backbones("prismatic", "dinosiglip")

@@ -8,6 +8,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/vision.html.md"""
 __all__ = ['IMAGENET', 'HALF', 'Pixels', 'declared_normalisation', 'tower_config', 'drop_unused', 'patch_tokens',
            'VisionBackbone', 'load_tower', 'SingleEncoder', 'SigLIP', 'DINOv2', 'DinoSigLIP']
 
+# %% ../../../nbs/models/backbones/40_vision.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.backbones"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/backbones/40_vision.ipynb #676ab6ce
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -235,3 +241,15 @@ class DinoSigLIP(VisionBackbone):
         ]
         pixels = Pixels(image_size or siglip.config.image_size, normalisation)
         super().__init__({"dinov2": dinov2, "siglip": siglip}, pixels)
+
+# %% ../../../nbs/models/backbones/40_vision.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.backbones.show import show_vision_backbones
+
+    show_vision_backbones(
+        {
+            "SigLIP": {"path": "siglip"},
+            "DINOv2": {"path": "dinov2"},
+            "DinoSigLIP": {"dinov2_path": "dinov2", "siglip_path": "siglip"},
+        }
+    )

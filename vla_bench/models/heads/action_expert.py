@@ -7,6 +7,10 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/action_expert.html.md""
 # %% auto #0
 __all__ = ['NEEDS_CACHE', 'time_embedding', 'check_expert_sizes', 'ActionExpertHead', 'summed_times']
 
+# %% ../../../nbs/models/heads/90_action_expert.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.models.heads"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../../nbs/models/heads/90_action_expert.ipynb #06bacc9e
 import math
 
@@ -259,3 +263,9 @@ def attention(
     looks = torch.stack(self.denoise(features, noise, maps=True)[1]).mean(0)
     prompt = looks[:, : features.mask.shape[1]]
     return prompt / prompt.sum(-1, keepdim=True)
+
+# %% ../../../nbs/models/heads/90_action_expert.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.show import show_heads
+
+    show_heads({"ActionExpert": {"hidden_size": 64, "intermediate_size": 128, "num_heads": 4}})

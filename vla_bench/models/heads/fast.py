@@ -9,9 +9,14 @@ __all__ = ['PROCESSOR', 'TOKENIZER', 'FIT', 'coefficients', 'actions_from', 'val
            'processor_files', 'read_processor', 'read_tokenizer', 'FASTCodec', 'fitting_coefficients', 'agreed_size',
            'FASTHead', 'action_windows', 'fit_report', 'main']
 
+# %% ../../../nbs/models/heads/20_fast.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.models.heads"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../../nbs/models/heads/20_fast.ipynb #1267076d
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -437,4 +442,7 @@ def _fit(options: argparse.Namespace) -> None:
 
 # %% ../../../nbs/models/heads/20_fast.ipynb #50f3be9f
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
-    main()
+    from vla_bench.models.show import show_heads
+
+    also = "`fit --help`: fit a tokenizer on a dataset."
+    main() if "fit" in sys.argv[1:2] else show_heads({"FAST": {"first_token_id": 0}}, also=also)
