@@ -90,6 +90,10 @@ class PolicySpec:
     image_transforms: Sequence[Mapping[str, Any]] = ()  # done to every image, see `ImageTransforms`
     observation_steps: int = 1  # observations that the model sees at once, the present one among them
     observation_stride: int = 1  # control steps between two
+    prompt: str = "{lang}"  # the instruction, as this robot's samples had it
+    widths: tuple[
+        int, ...
+    ] = ()  # action, state and images of a model that is wider than the robot; empty: as wide
 
     @property
     def hash(self) -> str:
@@ -97,7 +101,7 @@ class PolicySpec:
         return hashlib.sha256(json.dumps(_plain(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
-_LATER = ("encoding", "image_transforms", "observation_steps", "observation_stride")
+_LATER = ("encoding", "image_transforms", "observation_steps", "observation_stride", "prompt", "widths")
 
 
 def image_sizes(spec: PolicySpec) -> list[tuple[int, int]]:
@@ -131,7 +135,7 @@ def spec_from_dict(
         raise ValueError(f"{where}: these fields are missing or unknown: {', '.join(odd)}")
     for key in ("action", "state"):
         values[key] = Layout(**values[key]) if values[key] else None
-    for key in ("cameras", "image_size", "image_transforms"):
+    for key in ("cameras", "image_size", "image_transforms", "widths"):
         values[key] = tuple(tuple(v) if isinstance(v, list) else v for v in values.get(key, ()))
     spec = PolicySpec(**values)
     if spec.hash != stored:

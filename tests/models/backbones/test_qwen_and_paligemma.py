@@ -1,6 +1,5 @@
 """Qwen2.5-VL, Qwen3-VL and PaliGemma against transformers itself, with larger weights and three samples."""
 
-
 import numpy as np
 import pytest
 import torch
