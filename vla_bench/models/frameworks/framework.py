@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...data.sample import Sample
 from ...files import checkpoint_of
-from ..attention_map import AttentionMap, attention_map
+from ..attention_map import AttentionMap, attention_map, check_attention
 from ..backbones.tokens import last_state
 from ..backbones.vlm import VLM
 from ..backbones.weights_file import load_weights, without_init
@@ -262,6 +262,8 @@ def attention_maps(
     with evaluating(self):
         weights = self.prompt_attention(batch, generator)
     inputs = batch["inputs"]
+    where = type(self.action_model if self.action_model.offers_attention else self).__name__
+    check_attention(weights, tuple(inputs["input_ids"].shape), where)
     is_image, grids = self.vlm.image_token_mask(inputs), self.vlm.image_grids(inputs)
     return attention_map(weights, is_image, grids, self.vlm.words(inputs, batch["lang"]))
 
