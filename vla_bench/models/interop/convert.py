@@ -1,4 +1,4 @@
-"""A checkpoint of openpi, LeRobot, StarVLA or OpenVLA becomes a run folder of ours
+"""A checkpoint of openpi, LeRobot, StarVLA, OpenVLA or NVIDIA becomes a run folder of ours
 
 Docs: https://vla-bench.github.io/vla_bench/models/interop/convert.html.md"""
 
