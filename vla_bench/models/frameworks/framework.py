@@ -134,6 +134,12 @@ def fsdp_classes(self: Framework) -> set[type[nn.Module]]:
     """Blocks to shard, of the backbone and of the head; may be empty."""
     return self.vlm.layer_classes() | self.action_model.layer_classes()
 
+
+@patch
+def get_fsdp_wrapping_policy(self: Framework) -> None:
+    """FluxVLA's name of `fsdp_classes`: always raises `AttributeError`, which says so."""
+    raise AttributeError("get_fsdp_wrapping_policy is FluxVLA's; here it is fsdp_classes(), a set of classes")
+
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #d14b666a
 @patch
 def read(self: Framework, batch: dict[str, Any]) -> Features:
