@@ -41,6 +41,7 @@ CROSS_CUTTING = {
     "test_grid.py": "every backbone with every head that can read it",
     "test_notebooks.py": "every notebook",
     "test_programs.py": "every component's module, run as a program",
+    "test_readme.py": "the README and the documentation's first page",
     "test_repo.py": "the repository",
     "test_tutorials.py": "components of one's own, by hand and by the scaffold",
     "evaluation/test_failures.py": "rollout, workers and report: a simulator that raises or dies",
