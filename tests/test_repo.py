@@ -42,6 +42,7 @@ CROSS_CUTTING = {
     "test_notebooks.py": "every notebook",
     "test_repo.py": "the repository",
     "test_tutorials.py": "components of one's own, by hand and by the scaffold",
+    "data/test_damaged_datasets.py": "every reader of a dataset",
     "evaluation/test_interruptions.py": "rollout and workers: an evaluation that is killed",
     "evaluation/test_refusals.py": "rollout and policy: what does not fit is refused",
     "evaluation/test_settings.py": "rollout and config: the section `evaluation`",
