@@ -1,4 +1,4 @@
-# make setup | quickstart | check | test | docs | lab | smoke | figures | speed | format | clean
+# make setup | quickstart | check | test | mutants | docs | lab | smoke | figures | speed | format | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -20,8 +20,13 @@ TASKS := drawer-open-v3 button-press-topdown-v3 window-open-v3 door-open-v3
 OVERRIDES ?=
 WORKERS ?= 2
 SINCE ?= main
+PACKAGE ?= evaluation
+MODULE ?=
+SAMPLE ?= 0
+SEED ?= 0
+AGAIN ?=
 
-.PHONY: setup system quickstart check test docs smoke figures speed format lab clean
+.PHONY: setup system quickstart check test mutants docs smoke figures speed format lab clean
 setup: $(BIN)/.ready system
 
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -54,6 +59,10 @@ check: setup
 test: setup
 	ruff check .
 	pytest -n $(WORKERS) --dist worksteal --durations=10
+
+# Small faults put into copies of a package: does a test catch each? PACKAGE=models/heads [MODULE=bins] [SAMPLE=60]
+mutants: setup
+	python .ci/mutants $(PACKAGE) --sample $(SAMPLE) --seed $(SEED) --workers $(WORKERS) $(if $(MODULE),--module $(MODULE)) $(if $(AGAIN),--again)
 
 # The whole loop in two minutes: two demonstrations of two tasks, a few steps, a few episodes.
 smoke: setup $(MODEL)/config.json

@@ -1,8 +1,6 @@
 """Every notebook of the package runs top to bottom: its cells are the unit tests."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,20 +9,10 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 
 
-@pytest.fixture(scope="session")
-def run():
-    """Runs a notebook in a copy of a process that has imported torch and transformers: see `notebook_server.py`."""
-    command = [sys.executable, str(ROOT / "tests/notebook_server.py")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as server:
-
-        def ask(path: Path) -> dict:
-            server.stdin.write(f"{path}\n")
-            server.stdin.flush()
-            return json.loads(server.stdout.readline())
-
-        yield ask
-        server.stdin.close()
+@pytest.fixture
+def run(server):
+    """Runs a notebook in a copy of a process that has imported torch and transformers."""
+    return lambda path: server({"notebook": str(path)})
 
 
 def written(folder: Path, name: str, code: str) -> Path:

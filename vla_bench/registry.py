@@ -6,8 +6,8 @@ Docs: https://vla-bench.github.io/vla_bench/registry.html.md"""
 
 # %% auto #0
 __all__ = ['EXTRAS', 'READS', 'LOADING', 'FRAMEWORKS', 'BACKBONES', 'VISION_BACKBONES', 'PROJECTORS', 'LLM_BACKBONES', 'HEADS',
-           'BENCHMARKS', 'RegistryError', 'nearest', 'suggest', 'Known', 'install_hint', 'check_arguments', 'Contract',
-           'contract_faults', 'check_contract', 'Registry']
+           'BENCHMARKS', 'RegistryError', 'nearest', 'suggest', 'Known', 'install_hint', 'check_arguments',
+           'arguments_of', 'call_fault', 'Contract', 'contract_faults', 'check_contract', 'Registry']
 
 # %% ../nbs/10_registry.ipynb #13f32b5c
 import importlib
@@ -92,6 +92,24 @@ def _refuse_var_keyword(kind: str, name: str, cls: type) -> None:
 def _edited(present: type, new: type) -> bool:
     return present.__name__ == new.__name__ and "__main__" in (present.__module__, new.__module__)
 
+# %% ../nbs/10_registry.ipynb #5a3871e9
+def arguments_of(target: Callable) -> dict[str, inspect.Parameter]:
+    """The named arguments of a class or function; `**kwargs` is left out, since a misspelt key would end there."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name: p for name, p in inspect.signature(target).parameters.items() if p.kind in kinds}
+
+
+def call_fault(cls: type, method: str, names: Iterable[str]) -> str | None:  # None: nothing is wrong
+    """Why a method cannot be called with keyword arguments of these names."""
+    function = inspect.getattr_static(cls, method, None)
+    if not inspect.isfunction(function):
+        return f"{cls.__name__} has no method {method}({', '.join(names)})"
+    try:
+        inspect.signature(function).bind(None, **dict.fromkeys(names))
+    except TypeError as error:
+        return f"{cls.__name__}.{method}{inspect.signature(function)} cannot be called with {', '.join(names)}: {error}"
+    return None
+
 # %% ../nbs/10_registry.ipynb #f7ebc394
 @dataclass(frozen=True)
 class Contract:
@@ -104,6 +122,9 @@ class Contract:
     )  # methods, and what they are called with
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # class attributes, and their values
     declares: tuple[str, ...] = ()  # class attributes that are not inherited from `base`
+    # methods of other codebases that nothing here calls, and what they are here
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+    adapter: str = ""  # where a class of another codebase goes first, for the message
 
     def __str__(self) -> str:
         parts = [f"a subclass of {self.base}"]
@@ -133,8 +154,14 @@ def contract_faults(cls: type, contract: Contract) -> Iterator[str]:
     """What keeps a class from being used, most fundamental first."""
     own = _own_classes(cls, contract.base)
     if own is None:
-        yield f"{cls.__qualname__} does not inherit from {contract.base.rpartition('.')[2]}"
+        hint = (
+            f"; one that was written for FluxVLA goes through {contract.adapter}" if contract.adapter else ""
+        )
+        yield f"{cls.__qualname__} does not inherit from {contract.base.rpartition('.')[2]}{hint}"
         return
+    for name, here in contract.elsewhere.items():
+        if any(name in vars(each) for each in own):
+            yield f"{cls.__qualname__} defines {name}, which nothing calls here: it is {here}"
     if missing := sorted(cls.__abstractmethods__ if inspect.isabstract(cls) else ()):
         yield f"{cls.__qualname__} does not define {', '.join(missing)}"
     for name in contract.declares:
@@ -217,6 +244,28 @@ def register(self: Registry, name: str, aliases: tuple[str, ...] = ()) -> Callab
 
     return file
 
+# %% ../nbs/10_registry.ipynb #6da5b1cb
+@patch
+def register_module(self: Registry, *_: Any, **__: Any) -> None:
+    """FluxVLA's name of `register`: always raises `RegistryError`, which says what to write."""
+    raise RegistryError(
+        f'register_module is FluxVLA\'s; here it is register("Name"), for every {self.kind}, and a head or a projector of '
+        f"FluxVLA goes through {_ADAPTERS}.fluxvla_head or fluxvla_projector first"
+    )
+
+
+_ADAPTERS = "vla_bench.models.interop.fluxvla_components"
+_ELSEWHERE = {"VLAS": "FRAMEWORKS", "VLM_BACKBONES": "BACKBONES", "build_vla_from_cfg": "build_framework"}
+_ELSEWHERE |= {"build_head_from_cfg": "HEADS.build", "build_projector_from_cfg": "PROJECTORS.build"}
+_ELSEWHERE |= {f"build_{n}_from_cfg": "load_vlm" for n in ("vlm_backbone", "vision_backbone", "llm_backbone")}
+
+
+def __getattr__(name: str) -> Any:
+    """For names of FluxVLA's registry that this module does not have. Raises `ImportError` with ours."""
+    if name in _ELSEWHERE:
+        raise ImportError(f"{name} is FluxVLA's; here it is {_ELSEWHERE[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 # %% ../nbs/10_registry.ipynb #reg00004
 @patch
 def names(self: Registry) -> list[str]:
@@ -287,6 +336,7 @@ def build(
 _MODELS = "vla_bench.models"
 _FRAMEWORKS, _BACKBONES = f"{_MODELS}.frameworks", f"{_MODELS}.backbones"
 _HEADS, _PROJECTORS = f"{_MODELS}.heads", f"{_MODELS}.projectors"
+_POLICY = "get_fsdp_wrapping_policy"  # FluxVLA's
 READS = ("queries", "last", "layers", "cache", "tokens")  # what a framework provides and a head reads
 LOADING = ("load_weights", "dtype", "attn_implementation")  # how the components of a backbone are loaded
 
@@ -308,6 +358,7 @@ FRAMEWORKS = Registry(
         takes=("vlm", "head", "prepare"),
         calls={"features": ("batch",)},
         choices={"reads": READS},
+        elsewhere={_POLICY: "fsdp_classes(self), a set of classes"},
     ),
 )
 
@@ -327,7 +378,7 @@ BACKBONES = Registry(
         "Eagle": Known(f"{_BACKBONES}.eagle", ("eagle2_5_vl", "EagleBackbone")),
         "AnyVLM": Known(f"{_BACKBONES}.any_vlm", ("any",)),
     },
-    Contract(f"{_BACKBONES}.vlm.VLM"),
+    Contract(f"{_BACKBONES}.vlm.VLM", elsewhere={_POLICY: "layer_classes(self), a set of classes"}),
 )
 
 # %% ../nbs/10_registry.ipynb #bcda4ed1
@@ -354,6 +405,7 @@ PROJECTORS = Registry(
         f"{_PROJECTORS}.linear.Projector",
         takes=("vision_size", "text_size"),
         calls={"forward": ("features", "grid"), "token_grid": ("grid",)},
+        adapter=f"{_ADAPTERS}.fluxvla_projector",
     ),
 )
 LLM_BACKBONES = Registry(
@@ -396,6 +448,11 @@ HEADS = Registry(
         },
         choices={"reads": READS},
         declares=("reads",),
+        elsewhere={
+            _POLICY: "layer_classes(self), a set of classes",
+            "predict_action": "sample(self, features, noise)",
+        },
+        adapter=f"{_ADAPTERS}.fluxvla_head",
     ),
 )
 BENCHMARKS = Registry(

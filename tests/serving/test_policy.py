@@ -1,12 +1,24 @@
-"""A policy of version 0.1.0 is loaded and predicts what it predicted then."""
+"""A policy: what reaches the network, what comes back in physical units, and what it is loaded from.
 
+The checkpoint is one of version 0.1.0, which predicts what it predicted then.
+"""
+
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from vla_bench.serving.policy import Policy
+from vla_bench.data.layout import Layout, PolicySpec, spec_from_dict, spec_to_dict
+from vla_bench.data.normalize import Normalizer, Statistics, save_statistics, statistics_hash
+from vla_bench.files import write_manifest
+from vla_bench.serving import policy as policy_module
+from vla_bench.serving.policy import Policy, load_normalizers
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "version_0_1"
 
@@ -53,3 +65,286 @@ def test_a_checkpoint_of_version_0_1_keeps_its_fingerprint(policy):
 def test_an_observation_that_does_not_fit_is_refused(policy, observation, change, named):
     with pytest.raises(ValueError, match=named):
         policy.predict({**observation, **change}, seed=0)
+
+
+# A policy of other parts: what it is given reaches the network, and what comes out is scaled back, value by value.
+
+SPEC = PolicySpec(
+    action=Layout(("dx", "turn", "grip"), "delta", "base", gripper="positive_opens"),
+    state=Layout(("x", "y"), "absolute", "world"),
+    cameras=("left", "right"),
+    image_size=(4, 6),
+    horizon=5,
+    control_rate=12.5,
+    normalization={"action": ["q99", "mean_std", "binary"], "state": "min_max"},
+    dataset="ours",
+    statistics_hash="",
+)
+ACTION = Statistics(
+    min=np.array([-1.0, -2.0, 0.0]),
+    max=np.array([3.0, 5.0, 1.0]),
+    mean=np.array([0.5, 0.7, 0.3]),
+    std=np.array([0.2, 0.4, 0.1]),
+    q01=np.array([-0.5, -1.0, 0.0]),
+    q99=np.array([2.5, 4.0, 1.0]),
+    count=9,
+)
+STATE = Statistics(
+    *(
+        np.array(pair)
+        for pair in ((0.0, 10.0), (4.0, 30.0), (1.0, 12.0), (0.5, 3.0), (0.1, 11.0), (3.0, 20.0))
+    ),
+    9,
+)
+SEEN = {
+    "image": [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue")],
+    "lang": "go",
+    "state": [3.0, 15.0],
+}
+
+
+class Echo(torch.nn.Module):
+    """Keeps what it is given; its actions are the noise."""
+
+    action_dim, state_dim, horizon = 3, 2, 5
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.zeros(1)), []
+
+    def predict_action(self, examples, *, generator):
+        self.seen.append((examples, torch.is_grad_enabled(), self.training))
+        return {"normalized_actions": torch.randn(1, 5, 3, generator=generator).numpy()}
+
+    def attention_maps(self, examples, *, generator):
+        return [(examples, torch.randn(2, generator=generator).tolist())]
+
+
+@pytest.fixture
+def echo():
+    normalizers = {
+        "action": Normalizer(ACTION, SPEC.normalization["action"]),
+        "state": Normalizer(STATE, SPEC.normalization["state"]),
+    }
+    return Policy(Echo().train(), SPEC, normalizers, "fingerprint")
+
+
+def test_the_network_sees_the_images_in_order_the_instruction_and_the_normalised_state(echo):
+    echo.predict(SEEN, seed=0)
+    (((sample,), with_gradient, training),) = echo.framework.seen
+    assert [image.getpixel((0, 0)) for image in sample["image"]] == [(255, 0, 0), (0, 0, 255)]
+    assert (sample["lang"], sample["dataset"]) == ("go", "ours")
+    np.testing.assert_allclose(sample["state"], [0.5, -0.5])  # 3 of 0 … 4, and 15 of 10 … 30
+    assert not with_gradient and not training
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_each_dimension_of_an_action_is_scaled_back_by_its_own_mode(echo, seed):
+    raw = torch.randn(1, 5, 3, generator=torch.Generator().manual_seed(seed)).numpy()[0].astype(np.float64)
+    physical = echo.predict(SEEN, seed=seed)
+    np.testing.assert_allclose(physical[:, 0], 1.0 + 1.5 * raw[:, 0])
+    np.testing.assert_allclose(physical[:, 1], 0.7 + 0.4 * raw[:, 1])
+    np.testing.assert_array_equal(physical[:, 2], raw[:, 2] > 0)
+    assert physical.dtype == np.float64
+
+
+def test_attention_starts_from_one_fixed_noise(echo):
+    (sample,), noise = echo.attention(SEEN)
+    assert noise == torch.randn(2, generator=torch.Generator().manual_seed(0)).tolist()
+    np.testing.assert_allclose(sample["state"], [0.5, -0.5])
+
+
+def test_a_policy_without_a_state_ignores_one():
+    network = Echo()
+    network.state_dim = 0
+    spec = replace(SPEC, state=None)
+    policy = Policy(network, spec, {"action": Normalizer(ACTION, "min_max")})
+    policy.predict(SEEN, seed=0)
+    policy.predict({"image": SEEN["image"], "lang": "go"}, seed=0)
+    assert ["state" in sample for (sample,), *_ in network.seen] == [
+        False,
+        False,
+    ] and policy.fingerprint == ""
+
+
+@pytest.mark.parametrize("name, value", [("action_dim", 4), ("state_dim", 3), ("horizon", 6)])
+def test_weights_of_another_size_are_refused(name, value):
+    network = Echo()
+    setattr(network, name, value)
+    with pytest.raises(ValueError, match=r"= \(3, 2, 5\), the weights have \(.*" + str(value)):
+        Policy(network, SPEC, {})
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_image_too_few_or_too_many_is_refused(echo, count):
+    with pytest.raises(
+        ValueError, match=f"has {count} images, the policy sees 2 cameras in this order: left, right"
+    ):
+        echo.predict({**SEEN, "image": (SEEN["image"] * 2)[:count]}, seed=0)
+
+
+def test_an_image_on_its_side_is_refused(echo):
+    with pytest.raises(ValueError, match=r"'right' is \(4, 6\) \(width, height\), expected \(6, 4\)"):
+        echo.predict({**SEEN, "image": [SEEN["image"][0], SEEN["image"][1].rotate(90, expand=True)]}, seed=0)
+
+
+# The files of a checkpoint.
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A copy of the run with a second checkpoint, of step 6."""
+    copy = shutil.copytree(FIXTURES / "runs" / "llava", tmp_path / "llava")
+    later = shutil.copytree(copy / "checkpoints/step_000003", copy / "checkpoints/step_000006")
+    shutil.copy(FIXTURES / "llava_step6.safetensors", later / "model.safetensors")
+    return copy
+
+
+def test_which_checkpoint_is_loaded(run, observation, expected):
+    found = {
+        which: Policy.from_pretrained(run, checkpoint=which).fingerprint
+        for which in (3, "step_000003", 6, "latest")
+    }
+    assert found[3] == found["step_000003"] == "890b98089d95d9e1" != found[6] == found["latest"]
+    assert Policy.from_pretrained(run).fingerprint == found[6]
+    assert Policy.from_pretrained(run / "checkpoints/step_000003").fingerprint == found[3]
+
+
+def change_weights(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    name = max(name for name, value in weights.items() if value.is_floating_point())
+    weights[name].view(-1)[0] += 1e-3
+    save_file(weights, checkpoint / "model.safetensors")
+
+
+def change_json(name):
+    def change(checkpoint):
+        content = json.loads((checkpoint / name).read_text())
+        (checkpoint / name).write_text(json.dumps(content, indent=3))
+
+    return change
+
+
+def change_spec(checkpoint):
+    spec = replace(spec_from_dict(json.loads((checkpoint / "policy.json").read_text())), control_rate=11.0)
+    (checkpoint / "policy.json").write_text(json.dumps(spec_to_dict(spec)))
+
+
+CHANGES = {
+    "the weights": change_weights,
+    "the specification": change_spec,
+    "the framework": change_json("framework.json"),
+    "the backbone": change_json("vlm/config.json"),
+    "the tokenizer": change_json("vlm/tokenizer.json"),
+    "the chat template": lambda checkpoint: (checkpoint / "vlm/chat_template.jinja").open("a").write("{# #}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_fingerprint_changes_with_each_thing_alone_that_a_policy_is_loaded_from(run, policy, name):
+    checkpoint = run / "checkpoints/step_000003"
+    assert Policy.from_pretrained(checkpoint).fingerprint == policy.fingerprint
+    CHANGES[name](checkpoint)
+    assert Policy.from_pretrained(checkpoint).fingerprint != policy.fingerprint
+
+
+def test_the_fingerprint_changes_with_a_file_of_the_head(run, policy):
+    checkpoint = run / "checkpoints/step_000003"
+    (checkpoint / "action_model").mkdir()
+    (checkpoint / "action_model/bpe.json").write_text("{}")
+    assert policy_module._fingerprint(checkpoint, policy.spec) != policy.fingerprint
+
+
+def test_the_fingerprint_is_that_of_the_files_with_and_without_a_manifest(run, policy):
+    checkpoint = run / "checkpoints/step_000003"
+    write_manifest(checkpoint)
+    (checkpoint / "trainer/progress.json").touch()
+    assert Policy.from_pretrained(checkpoint).fingerprint == policy.fingerprint
+
+
+def test_the_fingerprint_leaves_out_what_only_training_reads(run, policy):
+    (run / "checkpoints/step_000003/trainer/rng.json").write_text("{}")
+    (run / "metrics.jsonl").unlink()
+    assert Policy.from_pretrained(run, checkpoint=3).fingerprint == policy.fingerprint
+
+
+def test_weights_that_are_not_finite_are_refused(run):
+    path = run / "checkpoints/step_000006/model.safetensors"
+    weights = load_file(path)
+    next(value for value in weights.values() if value.is_floating_point()).view(-1)[-1] = np.nan
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="model.safetensors"):
+        Policy.from_pretrained(run)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_every_byte_is_compared_where_that_is_asked_for(run, verify, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        policy_module, "check_checkpoint", lambda folder, *, verify: asked.append((folder.name, verify))
+    )
+    Policy.from_pretrained(run, verify=verify)
+    assert asked == [("step_000006", verify)]
+
+
+def test_a_cpu_computes_with_as_many_threads_as_the_settings_say(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(policy_module, "get_setting", lambda name: {"launch.threads": "3"}[name])
+    Policy.from_pretrained(run)
+    assert asked == [3]
+
+
+@pytest.fixture
+def two_datasets(tmp_path):
+    """A checkpoint folder whose run has statistics of two datasets, and a specification that goes with them."""
+    (tmp_path / "checkpoints/step_000001").mkdir(parents=True)
+    other = replace(ACTION, mean=ACTION.mean + 100)
+    content = {"theirs": {"action": other, "state": None}, "ours": {"action": ACTION, "state": STATE}}
+    save_statistics(tmp_path / "dataset_statistics.json", content)
+    return tmp_path / "checkpoints/step_000001", replace(SPEC, statistics_hash=statistics_hash(content))
+
+
+def test_the_statistics_are_those_of_the_policys_own_dataset(two_datasets):
+    checkpoint, spec = two_datasets
+    found = load_normalizers(checkpoint, spec)
+    assert sorted(found) == ["action", "state"]
+    assert found["action"].modes == ("q99", "mean_std", "binary") and found["state"].modes == ("min_max",) * 2
+    np.testing.assert_allclose(found["action"].unnormalize([[0.0, 0.0, 1.0]]), [[1.0, 0.7, 1.0]])
+    np.testing.assert_allclose(found["state"].unnormalize([[0.0, 0.0]]), [[2.0, 20.0]])
+
+
+def test_a_policy_without_a_state_takes_no_statistics_of_one(two_datasets):
+    checkpoint, spec = two_datasets
+    assert list(load_normalizers(checkpoint, replace(spec, state=None))) == ["action"]
+
+
+def test_statistics_in_the_checkpoint_itself_come_first(two_datasets):
+    checkpoint, spec = two_datasets
+    content = {"ours": {"action": replace(ACTION, mean=ACTION.mean + 1), "state": STATE}}
+    save_statistics(checkpoint / "dataset_statistics.json", content)
+    with pytest.raises(ValueError, match="step_000001/dataset_statistics.json has the hash"):
+        load_normalizers(checkpoint, spec)
+    found = load_normalizers(checkpoint, replace(spec, statistics_hash=statistics_hash(content)))
+    assert found["action"].unnormalize([[0.0, 0.0, 1.0]])[0, 1] == pytest.approx(1.7)
+
+
+def test_a_dataset_without_statistics_is_refused_with_the_nearest(two_datasets):
+    checkpoint, spec = two_datasets
+    with pytest.raises(ValueError, match="has no dataset 'our'; did you mean 'ours'"):
+        load_normalizers(checkpoint, replace(spec, dataset="our"))
+
+
+def test_the_program_prints_the_specification_and_the_fingerprint(run, capsys):
+    policy_module.main([str(run), "--checkpoint", "3"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["fingerprint"] == "890b98089d95d9e1" and printed["cameras"] == ["top"]
+    assert printed["hash"] == spec_from_dict({k: v for k, v in printed.items() if k != "fingerprint"}).hash
+
+
+def test_the_program_compares_every_byte_when_told_to(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(policy_module, "check_checkpoint", lambda folder, *, verify: asked.append(verify))
+    for words in ([], ["--verify"]):
+        policy_module.main([str(run), *words])
+    assert asked == [False, True]

@@ -10,6 +10,10 @@ __all__ = ['VERBS', 'INSTRUCTIONS', 'REGULAR', 'TASKS', 'EGL_PACKAGES', 'EGL_HIN
            'close_simulators', 'open_renderer', 'Simulator', 'MetaWorldEnvironment', 'check_cameras',
            'installed_versions', 'MetaWorld', 'Demonstration', 'expert', 'demonstrate', 'record', 'main']
 
+# %% ../../nbs/benchmarks/10_metaworld.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.benchmarks"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #27f7419c
 import argparse
 import atexit

@@ -11,7 +11,11 @@ __all__ = ['LAYOUT_CHOICES', 'Layout', 'layout_differences', 'PolicySpec', 'imag
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import fields
+from typing import Any
 
 # %% ../../nbs/data/10_layout.ipynb #0893769b
 @dataclass(frozen=True)
@@ -80,11 +84,24 @@ class PolicySpec:
     dataset: str  # whose statistics apply
     statistics_hash: str  # of dataset_statistics.json
     benchmark: str = ""  # the simulator that the demonstrations come from, if any
+    encoding: Mapping[str, Any] | None = (
+        None  # what the model sees of action and state, see `Encoding`; None: them
+    )
+    image_transforms: Sequence[Mapping[str, Any]] = ()  # done to every image, see `ImageTransforms`
+    observation_steps: int = 1  # observations that the model sees at once, the present one among them
+    observation_stride: int = 1  # control steps between two
+    prompt: str = "{lang}"  # the instruction, as this robot's samples had it
+    widths: tuple[
+        int, ...
+    ] = ()  # action, state and images of a model that is wider than the robot; empty: as wide
 
     @property
     def hash(self) -> str:
         """Sixteen hexadecimal digits over every field."""
         return hashlib.sha256(json.dumps(_plain(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+_LATER = ("encoding", "image_transforms", "observation_steps", "observation_stride", "prompt", "widths")
 
 
 def image_sizes(spec: PolicySpec) -> list[tuple[int, int]]:
@@ -94,7 +111,11 @@ def image_sizes(spec: PolicySpec) -> list[tuple[int, int]]:
 
 
 def _plain(spec: PolicySpec) -> dict:
-    return json.loads(json.dumps({f.name: getattr(spec, f.name) for f in fields(spec)}, default=asdict))
+    """The fields as JSON. Those of `_LATER` only where they say something: a checkpoint keeps the hash it had."""
+    defaults = {f.name: f.default for f in fields(spec) if f.name in _LATER}
+    values = {f.name: getattr(spec, f.name) for f in fields(spec)}
+    kept = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+    return json.loads(json.dumps(kept, default=asdict))
 
 # %% ../../nbs/data/10_layout.ipynb #9d592a32
 def spec_to_dict(spec: PolicySpec) -> dict:
@@ -110,13 +131,12 @@ def spec_from_dict(
     values = dict(content)
     stored = values.pop("hash", None)
     names = {f.name for f in fields(PolicySpec)}
-    if values.keys() != names:
-        odd = sorted(values.keys() ^ names)
+    if odd := sorted((values.keys() ^ names) - set(_LATER)):
         raise ValueError(f"{where}: these fields are missing or unknown: {', '.join(odd)}")
     for key in ("action", "state"):
         values[key] = Layout(**values[key]) if values[key] else None
-    for key in ("cameras", "image_size"):
-        values[key] = tuple(tuple(v) if isinstance(v, list) else v for v in values[key])
+    for key in ("cameras", "image_size", "image_transforms", "widths"):
+        values[key] = tuple(tuple(v) if isinstance(v, list) else v for v in values.get(key, ()))
     spec = PolicySpec(**values)
     if spec.hash != stored:
         raise ValueError(

@@ -23,7 +23,10 @@ class Sample(TypedDict, total=False):
     lang: str
     action: np.ndarray  # float32 [T, D], normalised; training only
     action_is_pad: np.ndarray  # bool [T]
+    action_mask: np.ndarray  # bool [D]; false for a number that this robot lacks; optional
     state: np.ndarray  # float32 [S], normalised; optional
+    future: list[Image.Image]  # RGB, by camera and then by time; training only, optional
+    future_is_pad: np.ndarray  # bool, one per image of `future`
     dataset: str
     origin: str  # names the sample in errors; optional
 
@@ -60,6 +63,28 @@ def _check_chunk(where: str, sample: Mapping) -> None:
     if sample["action_is_pad"].all():
         raise ValueError(f"{where}: every action is padding, so the sample teaches nothing")
 
+# %% ../../nbs/data/00_sample.ipynb #50506ef3
+_MASKS = {  # of what, which axis of it, and what an entry is
+    "image_mask": ("image", 0, "camera"),
+    "future_is_pad": ("future", 0, "later image"),
+    "action_mask": ("action", 1, "number of an action"),
+}
+
+
+def _check_masks(where: str, sample: Mapping) -> None:
+    if "future" in sample:
+        check_images(sample["future"], f"{where}: future")
+    for key, (of, axis, entry) in _MASKS.items():
+        if key not in sample:
+            continue
+        _check_array(where, key, sample[key], 1, np.bool_)
+        if of in sample:
+            count = len(sample[of]) if axis == 0 else np.shape(sample[of])[axis]
+            if len(sample[key]) != count:
+                raise ValueError(
+                    f"{where}: {key!r} has {len(sample[key])} entries, expected one for each {entry}: {count}"
+                )
+
 # %% ../../nbs/data/00_sample.ipynb #610516bb
 def check_sample(
     sample: Mapping,
@@ -72,16 +97,11 @@ def check_sample(
     if odd := sorted(sample.keys() - known):
         raise ValueError(f"{where}: unknown key {odd[0]!r}; a sample has {', '.join(known)}")
     check_images(sample.get("image"), where)
-    if "image_mask" in sample:
-        _check_array(where, "image_mask", sample["image_mask"], 1, np.bool_)
-        if len(sample["image_mask"]) != (cameras := len(sample["image"])):
-            raise ValueError(
-                f"{where}: 'image_mask' must say for each of {cameras} cameras whether it is there"
-            )
     if not isinstance(sample.get("lang"), str) or not sample["lang"].strip():
         raise ValueError(f"{where}: 'lang' must be a non-empty instruction, got {sample.get('lang')!r}")
     for key, dims in (("action", 2), ("state", 1)):
         if key in sample:
             _check_array(where, key, sample[key], dims, np.float32)
+    _check_masks(where, sample)
     if training:
         _check_chunk(where, sample)

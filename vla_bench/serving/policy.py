@@ -7,6 +7,10 @@ Docs: https://vla-bench.github.io/vla_bench/serving/policy.html.md"""
 # %% auto #0
 __all__ = ['load_normalizers', 'sample_from', 'Policy', 'main']
 
+# %% ../../nbs/serving/20_policy.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.serving"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../nbs/serving/20_policy.ipynb #56ff71c6
 import argparse
 import hashlib
@@ -24,6 +28,7 @@ from ..config import cli_errors
 from ..data.layout import PolicySpec, image_sizes, spec_to_dict
 from ..data.normalize import Normalizer, load_statistics, statistics_hash
 from ..data.sample import Sample, check_sample
+from ..data.view import model_dims, robot_dims, spec_view
 from ..files import file_hash, naming, read_manifest
 from ..models.attention_map import AttentionMap
 from ..models.frameworks.framework import Framework
@@ -60,12 +65,15 @@ def load_normalizers(
 # %% ../../nbs/serving/20_policy.ipynb #3afcbca8
 def _check_images(images: Sequence[Any], spec: PolicySpec) -> None:
     """Raises `ValueError` for a missing camera, another size, or what is no PIL image."""
-    if len(images) != len(spec.cameras):
+    steps = spec.observation_steps
+    if len(images) != len(spec.cameras) * steps:
+        each = "" if steps == 1 else f", {steps} images each (see `History`)"
         raise ValueError(
             f"the observation has {len(images)} images, the policy sees {len(spec.cameras)} cameras "
-            f"in this order: {', '.join(spec.cameras)}; render the missing one, or leave the others out"
+            f"in this order: {', '.join(spec.cameras)}{each}; render the missing one, or leave the others out"
         )
-    for camera, image, (height, width) in zip(spec.cameras, images, image_sizes(spec)):
+    seen = [pair for pair in zip(spec.cameras, image_sizes(spec)) for _ in range(steps)]
+    for (camera, (height, width)), image in zip(seen, images):
         if not isinstance(image, Image.Image):
             raise ValueError(
                 f"the image of camera {camera!r} is a {type(image).__name__}, expected a PIL image"
@@ -77,15 +85,15 @@ def _check_images(images: Sequence[Any], spec: PolicySpec) -> None:
             )
 
 
-def _check_state(state: Any, spec: PolicySpec) -> np.ndarray:  # float64 [S]
+def _check_state(state: Any, spec: PolicySpec) -> np.ndarray:  # float64 [K, S], one per observation
     """Raises `ValueError` for a state that is missing or has another length."""
-    names = ", ".join(spec.state.names)
+    names, size = ", ".join(spec.state.names), spec.state.dim * spec.observation_steps
     if state is None:
         raise ValueError(f"the observation has no 'state'; the policy reads {names}")
     state = np.asarray(state, dtype=np.float64)
-    if state.shape != (spec.state.dim,):
-        raise ValueError(f"'state' has the shape {list(state.shape)}, expected [{spec.state.dim}]: {names}")
-    return state
+    if state.shape != (size,):
+        raise ValueError(f"'state' has the shape {list(state.shape)}, expected [{size}]: {names}")
+    return state.reshape(spec.observation_steps, spec.state.dim)
 
 # %% ../../nbs/serving/20_policy.ipynb #b1aeeb24
 def sample_from(
@@ -93,14 +101,16 @@ def sample_from(
     spec: PolicySpec,
     normalizers: Mapping[str, Normalizer],
 ) -> Sample:
-    """A checked sample with normalised state. A policy without a state ignores one. Raises `ValueError`."""
-    if odd := sorted(observation.keys() - {"image", "lang", "state"}):
+    """A checked sample, as the model sees it. A policy without a state ignores one. Raises `ValueError`."""
+    if odd := sorted(observation.keys() - {"image", "image_mask", "lang", "state"}):
         raise ValueError(f"the observation has an unknown key {odd[0]!r}; it has image, lang and state")
     sample: Sample = {"image": list(observation.get("image", [])), "lang": observation.get("lang", "")}
+    sample |= {key: observation[key] for key in ("image_mask",) if key in observation}
     sample |= {"dataset": spec.dataset, "origin": "observation"}
     _check_images(sample["image"], spec)
-    if spec.state:
-        sample["state"] = normalizers["state"].normalize(_check_state(observation.get("state"), spec))
+    states = _check_state(observation.get("state"), spec) if spec.state else None
+    view = spec_view(spec, normalizers)
+    sample = view.see(sample, states, robot_dims(view.encoding, spec.action, spec.state)[0])
     check_sample(sample)
     return sample
 
@@ -115,11 +125,12 @@ class Policy:
         normalizers: Mapping[str, Normalizer],  # of "action", and "state" if there is one
         fingerprint: str = "",  # what identifies all that it was loaded from, for records
     ):
-        ours = (spec.action.dim, spec.state.dim if spec.state else 0, spec.horizon)
+        ours = (*model_dims(spec), spec.horizon)
         theirs = (framework.action_dim, framework.state_dim, framework.horizon)
         if ours != theirs:
             raise ValueError(f"policy.json says (action, state, horizon) = {ours}, the weights have {theirs}")
         self.framework, self.spec, self.normalizers = framework.eval(), spec, dict(normalizers)
+        self.view = spec_view(spec, self.normalizers)
         self.fingerprint = fingerprint
 
     @torch.no_grad()
@@ -134,7 +145,9 @@ class Policy:
         device = next(self.framework.parameters()).device
         generator = torch.Generator(device).manual_seed(seed)
         predicted = self.framework.predict_action([sample], generator=generator)["normalized_actions"][0]
-        return np.asarray(self.normalizers["action"].unnormalize(predicted), dtype=np.float64)
+        states = _check_state(observation["state"], self.spec) if self.spec.state else None
+        own = robot_dims(self.view.encoding, self.spec.action, self.spec.state)[0]
+        return self.view.physical(predicted[:, :own], states)
 
 # %% ../../nbs/serving/20_policy.ipynb #5c2744e8
 def _fingerprint(checkpoint: Path, spec: PolicySpec) -> str:

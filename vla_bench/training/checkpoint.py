@@ -6,9 +6,9 @@ Docs: https://vla-bench.github.io/vla_bench/training/checkpoint.html.md"""
 
 # %% auto #0
 __all__ = ['remove_leftovers', 'list_checkpoints', 'checkpoint_step', 'latest_checkpoint', 'find_checkpoint', 'rng_state',
-           'set_rng_state', 'save_trainer', 'load_progress', 'load_rng', 'load_trainer', 'save_checkpoint', 'read_spec',
-           'check_checkpoint', 'check_finite', 'last_good_checkpoint', 'set_aside', 'columns_hash', 'data_identity',
-           'identity_differences', 'touched_videos']
+           'set_rng_state', 'save_trainer', 'load_progress', 'load_rng', 'load_trainer', 'what_stands', 'tensors_in',
+           'tensor_bytes', 'save_checkpoint', 'read_spec', 'check_checkpoint', 'check_finite', 'last_good_checkpoint',
+           'set_aside', 'columns_hash', 'data_identity', 'identity_differences', 'touched_videos']
 
 # %% ../../nbs/training/10_checkpoint.ipynb #ec373f00
 import hashlib
@@ -16,7 +16,8 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ..data.layout import PolicySpec, spec_from_dict, spec_to_dict
 from ..data.lerobot_files import DatasetFiles
 from vla_bench.files import (
     Kind,
+    NotWrittenError,
     check_fields,
     check_manifest,
     file_hash,
@@ -127,7 +129,10 @@ def save_trainer(
     """Writes `trainer/` into a checkpoint that is being made."""
     (folder / "trainer").mkdir()
     state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-    torch.save(state, folder / "trainer/optimizer.pt")
+    with (folder / "trainer/optimizer.pt").open(
+        "wb"
+    ) as file:  # torch's own writer does not say what went wrong
+        torch.save(state, file)
     (folder / "trainer/rng.json").write_text(json.dumps(list(rng)), encoding="utf-8")
     write_json(folder / "trainer/progress.json", dict(progress))
 
@@ -187,6 +192,34 @@ def load_trainer(
     with naming(folder / "trainer/rng.json"):
         set_rng_state(rng[rank])
 
+# %% ../../nbs/training/10_checkpoint.ipynb #full0001
+@contextmanager
+def what_stands(run: str | Path) -> Iterator[None]:
+    """Within, a `NotWrittenError` also says which checkpoint the run still has."""
+    try:
+        yield
+    except NotWrittenError as error:
+        newest = latest_checkpoint(run)
+        stands = (
+            f"{newest.name} stands, and the run goes on from it" if newest else "there is no checkpoint yet"
+        )
+        raise NotWrittenError(f"{error}; {stands}") from error
+
+
+def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested dictionaries and lists."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    mapping, several = isinstance(tree, Mapping), isinstance(tree, (list, tuple))
+    for part in tree.values() if mapping else tree if several else ():
+        yield from tensors_in(part)
+
+
+def tensor_bytes(tree: Any) -> int:
+    """Bytes of the tensors in nested dictionaries and lists; those that share their memory count once."""
+    sizes = {(each.data_ptr(), each.shape): each.numel() * each.element_size() for each in tensors_in(tree)}
+    return sum(sizes.values())
+
 # %% ../../nbs/training/10_checkpoint.ipynb #8476ef5e
 def save_checkpoint(
     run: str | Path,
@@ -200,9 +233,13 @@ def save_checkpoint(
     progress: Mapping[str, Any],  # the trainer's place, as in `save_trainer`
     weights: Mapping[str, torch.Tensor] | None = None,  # gathered ones, if the model is sharded
 ) -> Path:
-    """Writes `checkpoints/step_…`, whole or not at all. To be called by one process."""
+    """Writes `checkpoints/step_…`, whole or not at all. To be called by one process.
+
+    Raises `NotWrittenError` for a full disk, with the checkpoints before as they were.
+    """
     final = Path(run) / "checkpoints" / f"step_{step:06d}"
-    with write_whole_folder(final) as folder:
+    needed = tensor_bytes([weights or framework.state_dict(), optimizer.state_dict()])
+    with what_stands(run), write_whole_folder(final, needed) as folder:
         framework.save_pretrained(folder)
         if weights is not None:
             save_file({k: v.clone() for k, v in weights.items()}, folder / "model.safetensors")

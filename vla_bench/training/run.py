@@ -13,7 +13,8 @@ __all__ = ['COUNTS', 'FIELDS', 'FREE_KEYS', 'PLACES', 'TrainerSettings', 'DataSe
 # %% ../../nbs/training/25_run.ipynb #grun0002
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,16 @@ from ..config import Config, ConfigError, is_number, load_config, require, requi
 from ..data.layout import PolicySpec
 from ..data.lerobot import LeRobotDataset
 from ..data.normalize import MODES, Normalizer, save_statistics, statistics_hash
-from ..files import Kind, check_fields, check_not_in_use, hold_folder, naming, sync
+from vla_bench.files import (
+    Kind,
+    NotWrittenError,
+    check_fields,
+    check_not_in_use,
+    hold_folder,
+    naming,
+    sync,
+    writing,
+)
 from ..models.frameworks.build import build_framework
 from ..models.frameworks.framework import Framework
 from ..registry import suggest
@@ -49,6 +59,7 @@ from vla_bench.training.checkpoint import (
     save_checkpoint,
     set_aside,
     touched_videos,
+    what_stands,
 )
 from .loop import AugmentedView, BatchSampler, split_episodes
 from .optim import flat_learning_rates, freeze_modules, parameter_groups, warmup_cosine
@@ -536,29 +547,48 @@ def restore(run: Run, checkpoint: Path, optimizer: torch.optim.Optimizer) -> Non
         check_data(run, checkpoint, saved.get("data"))
     load_trainer(checkpoint, optimizer=optimizer, scheduler=run.scheduler, rank=rank)
 
+# %% ../../nbs/training/25_run.ipynb #full0003
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """A run folder is there. When its first files cannot be written, one that was not there before is removed."""
+    was_there = (folder / "config.yaml").exists()
+    try:
+        with what_stands(folder):
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                sync(folder.parent)
+            yield
+    except NotWrittenError:
+        for name in () if was_there else ("config.yaml", "dataset_statistics.json"):
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # it holds what is somebody's own
+            folder.rmdir()
+        raise
+
 # %% ../../nbs/training/25_run.ipynb #e714e621
 def start_folder(run: Run, cfg: Config) -> None:
     """Writes what a run folder has before the first step; drops what a killed process left unfinished.
 
-    The folder is held as long as the run lives. Raises `FolderInUseError` while another process trains there, and
-    `ConfigError` when one did since this run looked.
+    The folder is held as long as the run lives. Raises `FolderInUseError` while another process trains there,
+    `ConfigError` when one did since this run looked, and `NotWrittenError` for a full disk.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    sync(run.folder.parent)
-    hold_folder(run.folder, run)
-    newest = latest_checkpoint(run.folder)
-    last_good = str(run.settings.resume).lower() == "last_good"
-    if last_good:
-        for name in set_aside(run.folder, run.step):
-            print(f"set aside as {name}")
-    elif newest and checkpoint_step(newest) > run.step:
-        raise ConfigError(f"{run.folder} has got {newest.name} since this run began to read it; start again")
-    remove_leftovers(run.folder)
-    if last_good:  # told once, for this start
-        tree = cfg.to_dict()
-        cfg = load_config({**tree, "trainer": {**tree["trainer"], "resume": True}})
-    cfg.save(run.folder / "config.yaml")
-    save_statistics(run.folder / "dataset_statistics.json", run.data.statistics)
+    with _made(run.folder):
+        hold_folder(run.folder, run)
+        newest = latest_checkpoint(run.folder)
+        last_good = str(run.settings.resume).lower() == "last_good"
+        if last_good:
+            for name in set_aside(run.folder, run.step):
+                print(f"set aside as {name}")
+        elif newest and checkpoint_step(newest) > run.step:
+            raise ConfigError(
+                f"{run.folder} has got {newest.name} since this run began to read it; start again"
+            )
+        remove_leftovers(run.folder)
+        if last_good:  # told once, for this start
+            tree = cfg.to_dict()
+            cfg = load_config({**tree, "trainer": {**tree["trainer"], "resume": True}})
+        cfg.save(run.folder / "config.yaml")
+        save_statistics(run.folder / "dataset_statistics.json", run.data.statistics)
     _ = run.identity, run.configuration  # as they are now, before the first step
 
 # %% ../../nbs/training/25_run.ipynb #fe0659c7

@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/any_vlm.html.md"""
 # %% auto #0
 __all__ = ['AnyPrepare', 'guess_grids', 'parameters_behind_feature_layer', 'AnyVLM']
 
+# %% ../../../nbs/models/backbones/80_any_vlm.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.backbones"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/backbones/80_any_vlm.ipynb #9e3c6320
 import inspect
 from itertools import groupby
@@ -133,3 +139,9 @@ def model_inputs(self: AnyVLM, inputs: dict[str, Tensor], mask: Tensor) -> dict[
             grown[:, : inputs[name].shape[1]] = inputs[name]
             found[name] = reorder(grown, order)
     return found
+
+# %% ../../../nbs/models/backbones/80_any_vlm.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.backbones.show import show_backbones
+
+    show_backbones("llava")

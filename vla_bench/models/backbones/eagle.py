@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/eagle.html.md"""
 # %% auto #0
 __all__ = ['CHATML', 'EagleConfig', 'EagleForConditionalGeneration', 'Eagle', 'compose_eagle', 'public_names']
 
+# %% ../../../nbs/models/backbones/46_eagle.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.backbones"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/backbones/46_eagle.ipynb #84c263d5
 from pathlib import Path
 
@@ -95,3 +101,9 @@ def public_names(
         f"{ours}.model.language_model": f"{theirs}.language_model.model",
         f"{ours}.lm_head": f"{theirs}.language_model.lm_head",
     }
+
+# %% ../../../nbs/models/backbones/46_eagle.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.backbones.show import show_backbones
+
+    show_backbones("eagle2_5_vl")

@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/florence.html.md"""
 # %% auto #0
 __all__ = ['FlorencePrepare', 'Florence2']
 
+# %% ../../../nbs/models/backbones/38_florence.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.backbones"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/backbones/38_florence.ipynb #1a2591ab
 from typing import Any
 
@@ -210,3 +216,9 @@ def generate(
         **sampling,
     )
     return sequences[:, 1:]  # behind the start token
+
+# %% ../../../nbs/models/backbones/38_florence.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.backbones.show import show_backbones
+
+    show_backbones("florence2")

@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/gemma3.html.md"""
 # %% auto #0
 __all__ = ['Gemma3']
 
+# %% ../../../nbs/models/backbones/32_gemma3.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.backbones"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/backbones/32_gemma3.ipynb #69d96ade
 import torch
 from torch import Tensor
@@ -38,3 +44,9 @@ class Gemma3(PackedVLM, SquareVLM):
         kinds = torch.zeros_like(mask, dtype=torch.long)
         kinds[:, : inputs["input_ids"].shape[1]] = self.image_token_mask(inputs)
         return {"token_type_ids": reorder(kinds * mask, padding_order(mask, self.padding_side))}
+
+# %% ../../../nbs/models/backbones/32_gemma3.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.backbones.show import show_backbones
+
+    show_backbones("gemma3")

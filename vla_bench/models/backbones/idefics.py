@@ -7,12 +7,18 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/idefics.html.md"""
 # %% auto #0
 __all__ = ['Idefics3']
 
+# %% ../../../nbs/models/backbones/36_idefics.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.backbones"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/backbones/36_idefics.ipynb #bdfc9d5a
 from pathlib import Path
 
 import transformers
 from torch import nn
-from transformers import AutoImageProcessor, ProcessorMixin
+from transformers import ProcessorMixin
 
 from .image_tokens import SquareVLM
 from .processor import load_processor, model_type
@@ -37,11 +43,15 @@ class Idefics3(SquareVLM):
     @classmethod
     def load_processor(cls, path: str | Path) -> ProcessorMixin:
         """The checkpoint's processor for images, one tile each; needs no `num2words`."""
-        if model_type(path) == "smolvlm":
-            processor = transformers.Idefics3Processor.from_pretrained(path)
-            processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-        else:
-            processor = load_processor(path)
+        processor = load_processor(
+            path, transformers.Idefics3Processor if model_type(path) == "smolvlm" else None
+        )
         images = processor.image_processor
         images.do_image_splitting, images.size = False, images.max_image_size
         return processor
+
+# %% ../../../nbs/models/backbones/36_idefics.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.backbones.show import show_backbones
+
+    show_backbones("idefics3", "smolvlm")

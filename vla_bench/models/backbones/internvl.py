@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/internvl.html.md"""
 # %% auto #0
 __all__ = ['InternVLPrepare', 'InternVL']
 
+# %% ../../../nbs/models/backbones/34_internvl.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.backbones"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/backbones/34_internvl.ipynb #30a72c9d
 from PIL import Image
 from torch import Tensor
@@ -40,3 +46,9 @@ class InternVL(SquareVLM):
         """Rows, and columns, of an image's tokens, after folding."""
         vision = self.config.vision_config
         return round(vision.image_size[0] // vision.patch_size[0] * self.config.downsample_ratio)
+
+# %% ../../../nbs/models/backbones/34_internvl.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.backbones.show import show_backbones
+
+    show_backbones("internvl")

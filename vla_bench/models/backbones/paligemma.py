@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/paligemma.html.md""
 # %% auto #0
 __all__ = ['PaliGemmaPrepare', 'PaliGemma']
 
+# %% ../../../nbs/models/backbones/30_paligemma.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.backbones"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/backbones/30_paligemma.ipynb #77c7544c
 import torch
 from PIL import Image
@@ -74,3 +80,9 @@ class PaliGemma(VLM):
             use_cache=False,
         )
         return next_token_loss(self.output_matrix(), output.last_hidden_state, labels)
+
+# %% ../../../nbs/models/backbones/30_paligemma.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.backbones.show import show_backbones
+
+    show_backbones("paligemma")

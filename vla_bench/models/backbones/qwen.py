@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/qwen.html.md"""
 # %% auto #0
 __all__ = ['QwenImages', 'QwenVL']
 
+# %% ../../../nbs/models/backbones/20_qwen.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.backbones"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/backbones/20_qwen.ipynb #f07b7288
 from typing import Any
 
@@ -101,3 +107,9 @@ class QwenVL(QwenImages):
             norm = self.model.get_decoder().norm
             hidden = norm(hidden.to(norm.weight.dtype))
         return next_token_loss(self.output_matrix(), hidden, labels)
+
+# %% ../../../nbs/models/backbones/20_qwen.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.backbones.show import show_backbones
+
+    show_backbones("qwen2_5_vl", "qwen3_vl")

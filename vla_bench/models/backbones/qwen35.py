@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/qwen35.html.md"""
 # %% auto #0
 __all__ = ['Qwen35']
 
+# %% ../../../nbs/models/backbones/22_qwen35.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.backbones"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/backbones/22_qwen35.ipynb #7c9cd0db
 import torch
 from torch import Tensor
@@ -28,3 +34,9 @@ class Qwen35(PackedVLM, QwenImages):
             inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True
         )
         return torch.cat(tuple(found.pooler_output))
+
+# %% ../../../nbs/models/backbones/22_qwen35.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.backbones.show import show_backbones
+
+    show_backbones("qwen3_5")

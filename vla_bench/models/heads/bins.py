@@ -7,6 +7,10 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/bins.html.md"""
 # %% auto #0
 __all__ = ['BinsCodec', 'BinsHead']
 
+# %% ../../../nbs/models/heads/30_bins.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.models.heads"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../../nbs/models/heads/30_bins.ipynb #79e0daa4
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,3 +98,9 @@ class BinsHead(TokenHead):
         placing = {"first_token_id": first_token_id, "skip": skip, "descending": descending}
         super().__init__(sizes, **placing)
         self.codec = BinsCodec(horizon=sizes.horizon, action_dim=sizes.action_dim, num_bins=num_bins)
+
+# %% ../../../nbs/models/heads/30_bins.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.show import show_heads
+
+    show_heads({"Bins": {"first_token_id": 0}})

@@ -8,6 +8,10 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/diffusion.html.md"""
 __all__ = ['SAMPLERS', 'squared_cosine', 'add_noise', 'implied_noise', 'ddim_step', 'ddpm_step', 'inference_steps', 'Denoiser',
            'check_range', 'check_steps', 'count_steps', 'DiffusionHead']
 
+# %% ../../../nbs/models/heads/70_diffusion.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.models.heads"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../../nbs/models/heads/70_diffusion.ipynb #c1531108
 import math
 
@@ -304,3 +308,9 @@ def attention(
 ) -> Tensor:  # [B, L], sums to one per sample
     """Where the action tokens look: cross-attention, mean over heads, blocks, actions and steps."""
     return torch.stack(self.denoise(features, noise, maps=True)[1]).mean(0)
+
+# %% ../../../nbs/models/heads/70_diffusion.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.show import show_heads
+
+    show_heads({"Diffusion": {"hidden_size": 64, "num_layers": 2, "num_heads": 4}})

@@ -8,6 +8,10 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/discrete_diffusion.html
 __all__ = ['Bins', 'hide', 'hidden_after', 'guess', 'reveal', 'gumbel', 'uniform_noise', 'MaskedTransformer',
            'DiscreteDiffusionHead']
 
+# %% ../../../nbs/models/heads/80_discrete_diffusion.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.models.heads"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../../nbs/models/heads/80_discrete_diffusion.ipynb #6ae53c3e
 import math
 
@@ -301,3 +305,9 @@ def attention(
 ) -> Tensor:  # [B, L], sums to one per sample
     """Where the action tokens look: cross-attention, mean over heads, blocks, tokens and rounds."""
     return torch.stack(self.decode(features, noise, maps=True)[1]).mean(0)
+
+# %% ../../../nbs/models/heads/80_discrete_diffusion.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.show import show_heads
+
+    show_heads({"DiscreteDiffusion": {"hidden_size": 64, "num_layers": 2, "num_heads": 4}})

@@ -8,6 +8,10 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/flow_inference.html.md"
 __all__ = ['StepCache', 'make_schedule', 'cache_keys_values', 'CachedFlowSampler', 'FlowMatchingInferenceHead',
            'LayerwiseFlowMatchingInference']
 
+# %% ../../../nbs/models/heads/45_flow_inference.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.models.heads"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../../nbs/models/heads/45_flow_inference.ipynb #11c412f0
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,8 +89,9 @@ def cached_velocity(
 ) -> Tensor:  # [B, T, D] float32
     """v_θ(x_t, t | o) from what is known of t and of o."""
     tokens = torch.cat([prefix, self.action_tokens(x, step.timestep, encoded)], dim=1)
-    for block, modulation, known in zip(self.dit.blocks, step.modulations, keys_values):
-        tokens, _ = block.run(tokens, modulation, known, None if known is None else encoded.mask)
+    masks = self.masks(encoded)
+    for i, (block, modulation, known) in enumerate(zip(self.dit.blocks, step.modulations, keys_values)):
+        tokens, _ = block.run(tokens, modulation, known, self.dit.mask_of(i, masks))
     return self.decode_velocity(self.dit.output_layer(tokens[:, -self.horizon :], step.time), encoded)
 
 # %% ../../../nbs/models/heads/45_flow_inference.ipynb #flin0011
@@ -112,3 +117,14 @@ class LayerwiseFlowMatchingInference(CachedFlowSampler, LayerwiseFlowMatchingHea
     """`LayerwiseFlowMatchingHead` for inference: same parameters, same actions, each thing computed once."""
 
     trained_as = "LayerwiseFlowMatching"
+
+# %% ../../../nbs/models/heads/45_flow_inference.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.show import show_heads
+
+    small = {"hidden_size": 64, "num_layers": 2, "num_heads": 4}
+    kinds = {
+        "FlowMatchingInference": "FlowMatching",
+        "LayerwiseFlowMatchingInference": "LayerwiseFlowMatching",
+    }
+    show_heads({name: small for name in kinds}, trained_as=kinds)

@@ -7,6 +7,10 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/layerwise_flow.html.md"
 # %% auto #0
 __all__ = ['layer_projections', 'layerwise_depth', 'refuse_unread_tokens', 'all_layers', 'LayerwiseFlowMatchingHead']
 
+# %% ../../../nbs/models/heads/50_layerwise_flow.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.models.heads"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../../nbs/models/heads/50_layerwise_flow.ipynb #a042ba3b
 from collections.abc import Sequence
 from dataclasses import replace
@@ -143,3 +147,9 @@ def read_layers(self: LayerwiseFlowMatchingHead) -> list[int]:
     """Which layers of the backbone are looked at, counted from 0."""
     first = self.backbone.num_layers - len(self.dit.blocks)
     return [first + i for i, crosses in enumerate(self.dit.crosses) if crosses]
+
+# %% ../../../nbs/models/heads/50_layerwise_flow.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.show import show_heads
+
+    show_heads({"LayerwiseFlowMatching": {"num_heads": 4, "num_future_tokens": 4, "mlp_size": 64}})

@@ -7,6 +7,10 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/mlp.html.md"""
 # %% auto #0
 __all__ = ['plain_mlp', 'ResidualMLP', 'count_queries', 'MLPHead']
 
+# %% ../../../nbs/models/heads/10_mlp.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.models.heads"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../../nbs/models/heads/10_mlp.ipynb #db29dd5e
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -103,3 +107,9 @@ def loss(
     """`action_loss`: the mean absolute error over actions that are not padding."""
     self.check_actions(actions, is_pad)
     return {"action_loss": self.mean((self.sample(features) - actions).abs(), is_pad)}
+
+# %% ../../../nbs/models/heads/10_mlp.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.show import show_heads
+
+    show_heads({"MLP": {}})

@@ -7,6 +7,10 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/transformer.html.md"""
 # %% auto #0
 __all__ = ['ERRORS', 'TransformerHead']
 
+# %% ../../../nbs/models/heads/60_transformer.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.models.heads"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../../nbs/models/heads/60_transformer.ipynb #3a4346e4
 import torch
 from fastcore.basics import patch
@@ -74,3 +78,9 @@ def loss(
     """`action_loss`: the squared or absolute error over actions that are not padding."""
     self.check_actions(actions, is_pad)
     return {"action_loss": self.mean(self.error(self.sample(features) - actions), is_pad)}
+
+# %% ../../../nbs/models/heads/60_transformer.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.show import show_heads
+
+    show_heads({"Transformer": {}})

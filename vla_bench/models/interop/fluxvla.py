@@ -8,10 +8,16 @@ Docs: https://vla-bench.github.io/vla_bench/models/interop/fluxvla.html.md"""
 __all__ = ['Table', 'FLOW_TABLE', 'TRANSFORMER_TABLE', 'BINS_TABLE', 'HUB', 'VLM_TABLE', 'LLM_TABLE', 'PROJECTOR_TABLE',
            'VISION_ENCODERS', 'VISION_TABLE', 'EXPERT_TABLE', 'MODEL_TABLE', 'COMPONENTS', 'PALIGEMMA_COMPONENTS',
            'TYPES', 'HEAD_TABLES', 'HEAD_DEFAULTS', 'MODULES', 'MODULES_OF_TYPE', 'OPERATORS', 'NEEDED', 'IgnoredKey',
-           'Translation', 'require_dict', 'rows_behind', 'on_hub', 'published_encoders', 'type_of', 'defaults',
-           'mapping_of_eagle', 'mapping_of_flow_head', 'mapping_of_expert', 'translate_mapping', 'framework_and_head',
-           'translate', 'translate_both', 'from_fluxvla', 'remarks', 'not_data', 'compute', 'evaluate_dict', 'evaluate',
-           'merge', 'parse_file', 'read_assignments', 'read_fluxvla_config', 'to_yaml', 'main']
+           'Translation', 'require_dict', 'rows_behind', 'on_hub', 'published_encoders', 'type_of', 'is_own',
+           'own_table', 'model_table', 'is_adapted', 'own_sizes', 'head_table', 'own_defaults', 'defaults',
+           'mapping_of_eagle', 'mapping_of_flow_head', 'mapping_of_expert', 'translate_mapping', 'check_backbone_type',
+           'framework_and_head', 'translate', 'translate_both', 'from_fluxvla', 'remarks', 'not_data', 'compute',
+           'evaluate_dict', 'evaluate', 'merge', 'parse_file', 'read_assignments', 'read_fluxvla_config', 'to_yaml',
+           'main']
+
+# %% ../../../nbs/models/interop/30_fluxvla.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.models.interop"  # run as a file: the imports below are relative to it (PEP 366)
 
 # %% ../../../nbs/models/interop/30_fluxvla.ipynb #0e924a2a
 import argparse
@@ -28,7 +34,9 @@ from omegaconf import OmegaConf
 
 from ...config import ConfigError, cli_errors
 from ...files import write_whole
+from ..backbones.loading import backbone_class
 from .checkpoint_formats import GR00T_HEAD_SIZES, NEW_EMBODIMENT, gr00t_head
+from .fluxvla_components import head_places
 from vla_bench.registry import (
     BACKBONES,
     FRAMEWORKS,
@@ -38,6 +46,7 @@ from vla_bench.registry import (
     VISION_BACKBONES,
     Registry,
     RegistryError,
+    arguments_of,
     suggest,
 )
 
@@ -448,6 +457,56 @@ HEAD_TABLES: dict[str, Table] = {
     "Bins": BINS_TABLE,
 }
 
+# %% ../../../nbs/models/interop/30_fluxvla.ipynb #367716d1
+_PLACES = {"state_dim": "max_state_dim", "action_dim": "max_action_dim", "horizon": "action_horizon"}
+_GIVEN = {"sizes", "vlm", "head", "prepare", "vision_size", "text_size"}  # by the framework
+_PREFIX = {"vla_head": "action_model.", "projector": "vlm.projector.", "model": ""}
+
+
+def is_own(registry: Registry, name: str) -> bool:
+    """Whether a component is a user's, not one of this package."""
+    return name not in registry.known
+
+
+def own_table(part: str, registry: Registry, name: str) -> Table:
+    """The arguments that a user's class takes besides those that it is given. Empty for a class of this package."""
+    if not is_own(registry, name) or part not in _PREFIX:
+        return {}
+    return {key: f"{_PREFIX[part]}{key}" for key in arguments_of(registry.get(name)) if key not in _GIVEN}
+
+
+def model_table(framework: str) -> Table:
+    """What the model itself takes: FluxVLA's keys, and the arguments of a user's framework."""
+    return {**MODEL_TABLE, **own_table("model", FRAMEWORKS, framework)}
+
+# %% ../../../nbs/models/interop/30_fluxvla.ipynb #cb8c985c
+def is_adapted(head: str) -> bool:
+    """Whether a head was written for FluxVLA, see `fluxvla_head`."""
+    return is_own(HEADS, HEADS.canonical(head)) and HEADS.get(head).foreign
+
+
+def own_sizes(head: str) -> dict[str, str]:  # the argument of a user's head, and the attribute of `HeadSizes`
+    """Which keys of a user's head are sizes that its neighbours say."""
+    plain = {"state_dim": "state_dim", "action_dim": "action_dim", "traj_length": "horizon"}
+    return head_places(HEADS.get(head).original) if is_adapted(head) else plain
+
+
+def head_table(head: str) -> Table:
+    """The table of a head, or the sizes in that of a user's."""
+    if not is_own(HEADS, head):
+        return HEAD_TABLES[head]
+    places = own_sizes(head).items()
+    return {theirs: _PLACES.get(ours, IgnoredKey(_BACKBONE)) for theirs, ours in places}
+
+
+def own_defaults(head: str) -> dict[str, Any]:
+    """The sizes that a head written for FluxVLA has by default."""
+    takes = arguments_of(HEADS.get(head).original) if is_adapted(head) else {}
+    said = {ours: takes[theirs].default for theirs, ours in own_sizes(head).items() if theirs in takes}
+    return {
+        _PLACES[ours]: value for ours, value in said.items() if ours in _PLACES and isinstance(value, int)
+    }
+
 # %% ../../../nbs/models/interop/30_fluxvla.ipynb #e8f8a558
 HEAD_DEFAULTS: dict[str, dict[str, Any]] = {
     "FlowMatching": {
@@ -474,7 +533,7 @@ def defaults(
         found["strict_mapping"] = False
     if framework in _EXPERTS:
         return found | {"action_horizon": 50, "action_model.adaptive_norm": framework == "PI05"}
-    return found | HEAD_DEFAULTS.get(head or "", {})
+    return found | (own_defaults(head) if head and is_own(HEADS, head) else HEAD_DEFAULTS.get(head or "", {}))
 
 # %% ../../../nbs/models/interop/30_fluxvla.ipynb #7317a98a
 def mapping_of_eagle(theirs: str) -> dict[str, Any]:
@@ -551,8 +610,33 @@ def translate_mapping(
         if module not in MODULES:
             raise RegistryError(f"name_mapping: no module {module!r} here{suggest(module, MODULES)}")
         kind = (model.get(module.split(".")[0]) or {}).get("type")
-        found |= MODULES_OF_TYPE.get((module, kind), MODULES[module])(theirs)
+        inside = ".head" if module == "vla_head" and kind and is_adapted(kind) else ""
+        ours = MODULES_OF_TYPE.get((module, kind), MODULES[module])(theirs)
+        found |= {f"action_model{inside}": theirs} if inside else ours
     return found
+
+# %% ../../../nbs/models/interop/30_fluxvla.ipynb #093e09ed
+_PUBLISHED = {HUB["paligemma_3b_pt_224"]: "PaliGemma", HUB["qwen2_5_3b_vl_pt_224"]: "QwenVL"}
+
+
+def check_backbone_type(
+    named: str,  # FluxVLA's type
+    expected: type,  # the class of that type
+    base: str | None,  # folder or hub name
+) -> None:
+    """Raises `RegistryError` for a model of another class than the one that is named."""
+    found = None
+    if base in _PUBLISHED:
+        found = BACKBONES.get(_PUBLISHED[base])
+    elif base is not None and (Path(base) / "config.json").is_file():
+        try:
+            found = backbone_class(base)
+        except ValueError as error:
+            raise RegistryError(f"vlm_backbone: {error}") from error
+    if found is not None and found is not expected:
+        raise RegistryError(
+            f"vlm_backbone.type is {named!r}, {base} is a {found.__name__}: name its type, or a folder of that type"
+        )
 
 # %% ../../../nbs/models/interop/30_fluxvla.ipynb #ba457dcf
 def framework_and_head(
@@ -561,7 +645,7 @@ def framework_and_head(
     """What a `model` of FluxVLA is. Raises `RegistryError` for a head that is unknown, missing or one too many."""
     name, head = type_of("model", model, FRAMEWORKS), model.get("vla_head")
     kind = type_of("vla_head", head, HEADS) if head is not None else None
-    if kind is not None and kind not in HEAD_TABLES:
+    if kind is not None and kind not in HEAD_TABLES and not is_own(HEADS, kind):
         raise RegistryError(f"vla_head: FluxVLA has no {kind!r}{suggest(kind, HEAD_TABLES)}")
     if (kind is None) == (name not in _EXPERTS):
         wrong = "needs a vla_head" if kind is None else "has an llm_expert and no vla_head"
@@ -580,7 +664,7 @@ def translate(model: Mapping[str, Any]) -> tuple[dict[str, Any], Translation]:
     components = {key: given.pop(key) for key in (*COMPONENTS, "vla_head") if key in given}
     mapping = given.pop("name_mapping", None)
     found = Translation(defaults(name, kind, model))
-    found.read("model", given, MODEL_TABLE)
+    found.read("model", given, model_table(name))
     apart = [part for part in ("vision_backbone", "llm_backbone", "projector") if part in components]
     paligemma = bool(apart) and name in _EXPERTS
     if paligemma:
@@ -588,11 +672,13 @@ def translate(model: Mapping[str, Any]) -> tuple[dict[str, Any], Translation]:
         found.remarks.append(f"{', '.join(apart)} are those of {HUB['paligemma_3b_pt_224']}")
     for part, section in components.items():
         table = (PALIGEMMA_COMPONENTS if paligemma else COMPONENTS).get(part)
-        registry, table = table or (HEADS, HEAD_TABLES[kind])
-        type_of(part, section, registry)
-        found.read(part, section, table)
+        registry, table = table or (HEADS, head_table(kind))
+        named = type_of(part, section, registry)
+        found.read(part, section, {**table, **own_table(part, registry, named)})
         if part in apart and not paligemma:
             found.values[f"vlm.{part}.type"] = section["type"]
+        if part == "vlm_backbone":
+            check_backbone_type(section["type"], BACKBONES.get(named), found.values.get("vlm.base_vlm"))
     if name in _EXPERTS and "llm_expert" not in components:
         found.remarks.append("llm_expert is missing: π0's own sizes are used")
     found.values |= {"name": name} | ({"action_model.type": kind} if kind else {})

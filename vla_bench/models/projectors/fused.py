@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/projectors/fused.html.md"""
 # %% auto #0
 __all__ = ['FusedMLP']
 
+# %% ../../../nbs/models/projectors/20_fused.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.projectors"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/projectors/20_fused.ipynb #4972bf37
 from torch import Tensor, nn
 
@@ -29,3 +35,9 @@ class FusedMLP(Projector):
         self.check(features, grid)
         hidden = nn.functional.gelu(self.fc1(features))
         return self.fc3(nn.functional.gelu(self.fc2(hidden)))
+
+# %% ../../../nbs/models/projectors/20_fused.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.show import show_projectors
+
+    show_projectors({"FusedMLP": {}})

@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/projectors/linear.html.md"""
 # %% auto #0
 __all__ = ['Projector', 'Linear']
 
+# %% ../../../nbs/models/projectors/00_linear.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.projectors"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/projectors/00_linear.ipynb #c05e19fb
 from torch import Tensor, nn
 
@@ -59,3 +65,9 @@ class Linear(Projector):
         """Tokens, one per patch."""
         self.check(features, grid)
         return self.linear(features)
+
+# %% ../../../nbs/models/projectors/00_linear.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.show import show_projectors
+
+    show_projectors({"Linear": {}})

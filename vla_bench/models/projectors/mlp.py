@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/projectors/mlp.html.md"""
 # %% auto #0
 __all__ = ['MLP']
 
+# %% ../../../nbs/models/projectors/10_mlp.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.projectors"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/projectors/10_mlp.ipynb #1cfcb52a
 from torch import Tensor, nn
 
@@ -27,3 +33,9 @@ class MLP(Projector):
         """Tokens, one per patch."""
         self.check(features, grid)
         return self.fc2(nn.functional.gelu(self.fc1(features)))
+
+# %% ../../../nbs/models/projectors/10_mlp.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.show import show_projectors
+
+    show_projectors({"MLP": {}})

@@ -7,6 +7,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/projectors/pixel_shuffle.html
 # %% auto #0
 __all__ = ['pixel_shuffle', 'PixelShuffleMLP']
 
+# %% ../../../nbs/models/projectors/30_pixel_shuffle.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.projectors"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/projectors/30_pixel_shuffle.ipynb #a9fa1b84
 from torch import Tensor, nn
 
@@ -47,3 +53,9 @@ class PixelShuffleMLP(Projector):
         """Tokens, one per 2 x 2 block of patches."""
         self.check(features, grid)
         return self.layers(pixel_shuffle(features, grid))
+
+# %% ../../../nbs/models/projectors/30_pixel_shuffle.ipynb #shows003
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    from vla_bench.models.show import show_projectors
+
+    show_projectors({"PixelShuffleMLP": {}})

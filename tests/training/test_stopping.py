@@ -1,0 +1,203 @@
+"""SIGTERM saves and leaves, and the run goes on as if nothing had been; Ctrl-C costs one line."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vla_bench.config import load_config
+from vla_bench.training import imitation
+from vla_bench.training.checkpoint import latest_checkpoint, list_checkpoints
+from vla_bench.training.imitation import train
+from vla_bench.training.run import set_up
+
+
+def send(*signals: int, step: int, monkeypatch) -> None:
+    """The process gets signals while it computes a step."""
+    clean = imitation.update
+
+    def update(run, batches):
+        if run.step == step - 1:
+            for each in signals:
+                os.kill(os.getpid(), each)
+        return clean(run, batches)
+
+    monkeypatch.setattr(imitation, "update", update)
+
+
+def assert_equal_runs(found: Path, expected: Path, losses) -> None:
+    assert losses(found) == losses(expected)
+    ours, theirs = (load_file(latest_checkpoint(run) / "model.safetensors") for run in (found, expected))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def names(run: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(run)]
+
+
+@pytest.fixture
+def stopped(config, straight, tmp_path, monkeypatch, capsys):
+    """A run that got SIGTERM in step 4: what it printed, its exit status."""
+    with monkeypatch.context() as patch:
+        send(signal.SIGTERM, step=4, monkeypatch=patch)
+        with pytest.raises(SystemExit) as left:
+            train(config("--trainer.num_workers 1", straight.framework))
+    return capsys.readouterr(), left.value.code
+
+
+def test_sigterm_saves_the_step_and_leaves_with_143(stopped, tmp_path):
+    said, status = stopped
+    assert status == 143
+    assert names(tmp_path / "run") == ["step_000003", "step_000004"]
+    line = "SIGTERM: stopped after step 4 of 6, which is saved; continue with --trainer.resume true\n"
+    assert said.err.endswith(line) and said.err.count("SIGTERM") == 1 and said.out == ""
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(stopped, straight, tmp_path, losses):
+    run = train(load_config(tmp_path / "run", "--trainer.resume true"))
+    assert_equal_runs(run, straight.folder, losses)
+
+
+def test_sigterm_at_a_step_that_is_saved_anyway_and_measured(config, tmp_path, monkeypatch):
+    send(signal.SIGTERM, step=3, monkeypatch=monkeypatch)
+    with pytest.raises(SystemExit):
+        train(config("--trainer.eval_interval 3"))
+    assert names(tmp_path / "run") == ["step_000003"]
+    assert '"eval/action_error"' in (tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1]
+
+
+def test_sigterm_in_the_last_step_is_the_end_of_the_run(config, monkeypatch):
+    send(signal.SIGTERM, step=6, monkeypatch=monkeypatch)
+    assert names(train(config())) == ["step_000003", "step_000006"]
+
+
+def test_afterwards_sigterm_does_what_it_did_before(config):
+    before = signal.getsignal(signal.SIGTERM)
+    train(config("--trainer.max_train_steps 3"))
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_training_in_another_thread_needs_no_signals(config):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(train(config("--trainer.max_train_steps 3"))))
+    thread.start()
+    thread.join()
+    assert names(found[0]) == ["step_000003"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_leave_signals_to_the_training(config, number):
+    run = set_up(config())
+    stream = iter(imitation.make_loader(run.view, run.sampler(), run.framework.prepare, num_workers=1))
+    batches = [next(stream)]
+    for worker in stream._workers:
+        subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
+    batches += [batch for batch in stream]
+    assert len(batches) == 6
+
+
+def test_workers_end_when_the_training_ends_them(config):
+    run = set_up(config())
+    stream = iter(imitation.make_loader(run.view, run.sampler(), run.framework.prepare, num_workers=1))
+    next(stream)
+    (worker,) = stream._workers
+    worker.terminate()
+    worker.join(timeout=20)
+    assert worker.exitcode == 0
+
+
+def test_an_interrupted_cell_leaves_a_run_that_goes_on(config, straight, tmp_path, monkeypatch, losses):
+    with monkeypatch.context() as patch:
+        send(signal.SIGINT, step=5, monkeypatch=patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(config("", straight.framework))
+    assert names(tmp_path / "run") == ["step_000003"]
+    run = train(load_config(tmp_path / "run", "--trainer.resume true"))
+    assert_equal_runs(run, straight.folder, losses)
+
+
+CHILD = """
+import os, sys
+from vla_bench.training import imitation
+
+numbers, clean = [int(number) for number in sys.argv[1].split(",")], imitation.update
+def update(run, batches):
+    if run.step == 4:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+    return clean(run, batches)
+imitation.update = update
+imitation.main(sys.argv[2:])
+"""
+
+
+def child(home: Path, folder: Path, *numbers: int) -> subprocess.CompletedProcess:
+    """The program, which gets signals in step 5."""
+    command = [sys.executable, "-c", CHILD, ",".join(str(int(number)) for number in numbers)]
+    command += ["--config_yaml", home / "toy.yaml", "--run_root_dir", folder, "--trainer.num_workers", "1"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_ctrl_c_is_one_line_that_names_the_last_checkpoint(home, tmp_path):
+    ended = child(home, tmp_path, signal.SIGINT)
+    assert ended.returncode == 130 and ended.stdout == ""
+    last = f"the last checkpoint is {tmp_path}/run/checkpoints/step_000003"
+    said = [line for line in ended.stderr.splitlines() if "it/s" not in line]
+    assert said[-1] == f"interrupted: {last}, continue with --trainer.resume true"
+    assert "Traceback" not in ended.stderr and "KeyboardInterrupt" not in ended.stderr
+
+
+def test_a_second_sigterm_ends_the_process_at_once(home, tmp_path):
+    ended = child(home, tmp_path, signal.SIGTERM, signal.SIGTERM)
+    assert ended.returncode == -signal.SIGTERM and "Traceback" not in ended.stderr
+    assert names(tmp_path / "run") == ["step_000003"]
+
+
+PAIR = """
+import os, signal, sys
+from vla_bench.config import load_config
+from vla_bench.training import imitation
+
+finish, clean = imitation.finish, imitation.update
+imitation.finish = lambda run: None  # the processes stay connected from one run to the next
+source, home = sys.argv[1:]
+straight = imitation.train(load_config(source, "--run_id straight"))
+
+def update(run, batches):
+    if run.step == 1 and os.environ["RANK"] == "1":  # only one process is told
+        os.kill(os.getpid(), signal.SIGTERM)
+    return clean(run, batches)
+
+imitation.update = update
+try:
+    imitation.train(load_config(source, "--run_id stopped"))
+except SystemExit as left:
+    assert left.code == 143, left.code
+else:
+    raise AssertionError("the run was not stopped")
+imitation.update, imitation.finish = clean, finish
+imitation.train(load_config(home + "/stopped", "--trainer.resume true"))
+"""
+
+
+def test_two_processes_stop_after_the_same_step_and_go_on_bit_for_bit(config, tmp_path, losses):
+    """A head that draws noise, in two processes of which one is told to stop."""
+    options = "--trainer.max_train_steps 3 --trainer.per_device_batch_size 2"
+    config(options, "GR00T").save(tmp_path / "pair.yaml")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    (tmp_path / "pair.py").write_text(PAIR)
+    command = [*launch, tmp_path / "pair.py", tmp_path / "pair.yaml", tmp_path]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stderr.count("SIGTERM: stopped after step 2 of 3") == 1
+    assert names(tmp_path / "stopped") == ["step_000002", "step_000003"]
+    assert_equal_runs(tmp_path / "stopped", tmp_path / "straight", losses)
