@@ -44,6 +44,7 @@ CROSS_CUTTING = {
     "test_readme.py": "the README and the documentation's first page",
     "test_repo.py": "the repository",
     "test_tutorials.py": "components of one's own, by hand and by the scaffold",
+    "data/test_damaged_datasets.py": "every reader of a dataset",
     "evaluation/test_failures.py": "rollout, workers and report: a simulator that raises or dies",
     "benchmarks/test_metaworld_episodes.py": "metaworld and rollout: what an episode of a simulator is made of",
     "evaluation/test_episodes.py": "rollout: what an episode is made of",
