@@ -9,12 +9,13 @@ __all__ = ['SEVERITIES', 'GRIPPER', 'PLACEHOLDERS', 'TEMPLATE', 'Finding', 'some
            'stretches', 'episode_of', 'dead_dimensions', 'frozen_dimensions', 'clipped_dimensions',
            'duplicated_dimensions', 'time_findings', 'repeated_frames', 'idle_frames', 'idle_stretches',
            'outlier_episodes', 'outlier_lengths', 'matched_dimensions', 'looks_like', 'action_kind', 'gripper_findings',
-           'gripper_ranges', 'stale_statistics', 'instruction_findings', 'image_findings', 'same_cameras']
+           'gripper_ranges', 'stale_statistics', 'odd_texts', 'spelt_twice', 'instruction_findings', 'image_findings',
+           'same_cameras']
 
-# %% ../../nbs/data/80_detectors.ipynb #9d0ae43c
+# %% ../../nbs/data/80_detectors.ipynb #e9b99ae4
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -308,7 +309,7 @@ def action_kind(
         return [Finding("error", "kind of action", f"{seen}, the dataset declares {declared!r}")]
     return [Finding("note", "kind of action", seen)] if declared == "unknown" else []
 
-# %% ../../nbs/data/80_detectors.ipynb #c1a3e4a1
+# %% ../../nbs/data/80_detectors.ipynb #aa1b77bd
 def _grippers(layout: Layout) -> list[int]:
     return [d for d, name in enumerate(layout.names) if GRIPPER.search(name)]
 
@@ -317,7 +318,7 @@ def _goes_with(command: np.ndarray, opening: np.ndarray) -> float:
     """The correlation of two rows of numbers; 0 where one is constant."""
     return float(np.corrcoef(command, opening)[0, 1]) if command.std() > 0 and opening.std() > 0 else 0.0
 
-
+# %% ../../nbs/data/80_detectors.ipynb #2801c715
 def gripper_findings(
     action: np.ndarray, state: np.ndarray, starts: np.ndarray, layouts: tuple[Layout, Layout], rate: float
 ) -> list[Finding]:
@@ -343,7 +344,7 @@ def gripper_findings(
         return [Finding("error", "gripper sign", f"the dataset declares {declared}, its numbers say {seen}")]
     return [Finding("note", "gripper sign", f"its numbers say {seen}")] if declared != seen else []
 
-
+# %% ../../nbs/data/80_detectors.ipynb #0de49ab5
 def gripper_ranges(action: np.ndarray, starts: np.ndarray, layout: Layout) -> list[Finding]:
     """A gripper whose commands are -1 and 1 in some episodes, 0 and 1 in others."""
     found = []
@@ -356,7 +357,7 @@ def gripper_ranges(action: np.ndarray, starts: np.ndarray, layout: Layout) -> li
             found.append(Finding("error", "gripper range", text, tuple(np.flatnonzero(rare).tolist())))
     return found
 
-# %% ../../nbs/data/80_detectors.ipynb #f9078637
+# %% ../../nbs/data/80_detectors.ipynb #46921ead
 def stale_statistics(
     stored: Mapping[str, Any],  # {"min": [D], "max", "mean", "std", "count": [N]}, any of them
     values: np.ndarray,  # [N, D]
@@ -384,7 +385,7 @@ def stale_statistics(
         ]
     return []
 
-# %% ../../nbs/data/80_detectors.ipynb #80814025
+# %% ../../nbs/data/80_detectors.ipynb #e0a49396
 PLACEHOLDERS = re.compile(
     r"(?:(?:task|episode|demo|test|default|dummy|none|null|nan|n/?a|todo|tbd|unknown|placeholder|instruction|string)"
     r"[\s_\-\d.]*|\W*|\d+)",
@@ -393,6 +394,20 @@ PLACEHOLDERS = re.compile(
 TEMPLATE = re.compile(r"\{[^{}]*\}|<[^<>]*>|\[[^\[\]]*\]|%[sd]\b|\$\w")
 
 
+def odd_texts(texts: Mapping[int, str]) -> Iterator[tuple[str, str, list[int]]]:
+    """Severity, what is wrong, and the numbers of the instructions that are so."""
+    yield "error", "no instruction", [n for n, text in texts.items() if not text.strip()]
+    said = {n: text.strip() for n, text in texts.items() if text.strip()}
+    yield "warning", "placeholder", [n for n, text in said.items() if PLACEHOLDERS.fullmatch(text)]
+    yield "warning", "unfilled template", [n for n, text in said.items() if TEMPLATE.search(text)]
+
+
+def spelt_twice(texts: Iterable[str]) -> list[str]:
+    """Instructions that differ in letter case, spaces or punctuation alone."""
+    plain = Counter(" ".join(re.findall(r"\w+", text.lower())) for text in texts if text.strip())
+    return [text for text, count in plain.items() if count > 1]
+
+# %% ../../nbs/data/80_detectors.ipynb #ae75e100
 def instruction_findings(
     tasks: Mapping[int, str],  # by task_index
     used: np.ndarray,  # task_index of every frame
@@ -403,27 +418,20 @@ def instruction_findings(
     numbers = np.unique(used)
     where = lambda chosen: tuple(episode_of(np.flatnonzero(np.isin(used, list(chosen))), starts).tolist())
     texts = {int(n): tasks.get(int(n), "") for n in numbers}
-    kinds = {
-        ("error", "no instruction"): [n for n, text in texts.items() if not text.strip()],
-        ("warning", "placeholder"): [
-            n for n, t in texts.items() if t.strip() and PLACEHOLDERS.fullmatch(t.strip())
-        ],
-        ("warning", "unfilled template"): [n for n, text in texts.items() if TEMPLATE.search(text)],
-    }
     found = [
         Finding(
             severity,
             "instructions",
-            f"{kind}: {some(repr(texts[n]) for n in chosen)}; episodes {{episodes}}",
-            where(chosen),
+            f"{what}: {some(repr(texts[n]) for n in odd)}; episodes {{episodes}}",
+            where(odd),
         )
-        for (severity, kind), chosen in kinds.items()
-        if chosen
+        for severity, what, odd in odd_texts(texts)
+        if odd
     ]
-    plain = Counter(" ".join(re.findall(r"\w+", text.lower())) for text in texts.values() if text.strip())
-    if doubled := [text for text, count in plain.items() if count > 1]:
-        text = f"written in more than one way: {some(map(repr, doubled))}"
-        found.append(Finding("warning", "instructions", text))
+    if doubled := spelt_twice(texts.values()):
+        found.append(
+            Finding("warning", "instructions", f"written in more than one way: {some(map(repr, doubled))}")
+        )
     if told is not None and told != len(tasks):
         found.append(
             Finding(
@@ -434,7 +442,7 @@ def instruction_findings(
         found.append(Finding("note", "instructions", f"no frame has the instruction {some(map(repr, idle))}"))
     return found
 
-# %% ../../nbs/data/80_detectors.ipynb #c02e7f85
+# %% ../../nbs/data/80_detectors.ipynb #c415f6c7
 def image_findings(
     frames: np.ndarray,  # uint8 [T, H, W, 3], one behind the other
     moves: np.ndarray,  # bool [T], whether the state changed since the frame before

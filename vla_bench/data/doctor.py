@@ -57,7 +57,7 @@ from ..files import read_json
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # drawn with only by who asks for a card
 
-# %% ../../nbs/data/82_doctor.ipynb #55498a90
+# %% ../../nbs/data/82_doctor.ipynb #2f6d7fc0
 @dataclass(frozen=True)
 class Recording:
     """A dataset as arrays."""
@@ -90,7 +90,7 @@ class Recording:
         values = self.columns["action" if from_action else "state"]
         return idle_frames(values, self.starts, self.dataset.fps, relative)
 
-
+# %% ../../nbs/data/82_doctor.ipynb #903f9857
 def open_recording(
     root: str | Path,
     action_key: str = "action",
@@ -105,7 +105,7 @@ def open_recording(
     )
     return Recording(dataset, info)
 
-# %% ../../nbs/data/82_doctor.ipynb #20ea9ce7
+# %% ../../nbs/data/82_doctor.ipynb #485393d5
 def stored_statistics(root: Path) -> Iterator[tuple[str, int | None, Mapping[str, Any]]]:
     """Every set of statistics in the files: the file, the episode or None for all, {feature: {"min", …}}."""
     whole, each = root / "meta/stats.json", root / "meta/episodes_stats.jsonl"
@@ -140,7 +140,7 @@ def statistics_findings(recording: Recording, keys: Mapping[str, str]) -> list[F
                     found.setdefault((file, key), finding)
     return list(found.values())
 
-# %% ../../nbs/data/82_doctor.ipynb #2745f0e2
+# %% ../../nbs/data/82_doctor.ipynb #c4241de6
 def _column_findings(recording: Recording) -> Iterator[Finding]:
     starts, rate = recording.starts, recording.dataset.fps
     for what, values, names in recording.vectors:
@@ -175,7 +175,7 @@ def _with_numbers(finding: Finding, episodes: Sequence[int]) -> Finding:
     text = finding.text.replace("episodes {episodes}", f"episode{'s' * (len(own) != 1)} {some(own)}")
     return replace(finding, text=text, episodes=own)
 
-# %% ../../nbs/data/82_doctor.ipynb #07055a01
+# %% ../../nbs/data/82_doctor.ipynb #c89c7317
 def examine(
     root: str | Path,
     *,
@@ -195,7 +195,7 @@ def examine(
         return [Finding("error", "unreadable", " ".join(str(error).split()))]
     return by_severity(_with_numbers(finding, recording.dataset.episodes) for finding in found)
 
-# %% ../../nbs/data/82_doctor.ipynb #297e80ce
+# %% ../../nbs/data/82_doctor.ipynb #ab8583ed
 def sampled_images(
     recording: Recording,
     episodes: int = 8,  # how many
@@ -217,7 +217,7 @@ def sampled_images(
             {name: np.stack([np.asarray(i[c]) for i in images]) for c, name in enumerate(cameras)},
         )
 
-
+# %% ../../nbs/data/82_doctor.ipynb #4030830e
 def brisk_frames(recording: Recording) -> np.ndarray:  # bool [N]
     """Frames at which some dimension moves so much that a camera must see it."""
     values = recording.columns.get("state", recording.columns["action"])
@@ -237,7 +237,7 @@ def video_findings(recording: Recording) -> list[Finding]:
             found[key] = replace(found.get(key, finding), episodes=(*places, place))
     return list(found.values())
 
-# %% ../../nbs/data/82_doctor.ipynb #f8472f80
+# %% ../../nbs/data/82_doctor.ipynb #d56d5b51
 def _axes(figure: Any, count: int, columns: int) -> list[Any]:
     rows = -(-count // columns)
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
@@ -265,7 +265,7 @@ def distributions(recording: Recording) -> "Figure":
             axis.set_title(f"{what} {name}", fontsize=6)
     return figure
 
-# %% ../../nbs/data/82_doctor.ipynb #8e2ccbb9
+# %% ../../nbs/data/82_doctor.ipynb #0e99ff17
 def traces(
     recording: Recording,
     episodes: Sequence[int],  # their numbers; four at most are drawn
@@ -291,7 +291,7 @@ def traces(
         axis.legend(names, fontsize=5, loc="best", framealpha=0.6)
     return figure
 
-
+# %% ../../nbs/data/82_doctor.ipynb #4a7ad617
 def episode_lengths(recording: Recording) -> "Figure":
     """How long every episode is, and how much of it is idle."""
     from matplotlib.figure import Figure
@@ -309,7 +309,7 @@ def episode_lengths(recording: Recording) -> "Figure":
     axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return figure
 
-# %% ../../nbs/data/82_doctor.ipynb #0515f034
+# %% ../../nbs/data/82_doctor.ipynb #8f49244e
 def contact_sheet(recording: Recording, episodes: int = 4) -> Image.Image:
     """A row for each camera of some episodes: four of its frames, side by side."""
     rows = []
@@ -326,7 +326,7 @@ def contact_sheet(recording: Recording, episodes: int = 4) -> Image.Image:
         top += row[0].height + 4
     return sheet
 
-# %% ../../nbs/data/82_doctor.ipynb #4a684161
+# %% ../../nbs/data/82_doctor.ipynb #35c648da
 def facts(recording: Recording) -> dict[str, str]:
     """What a dataset is, in a few lines."""
     dataset, length = recording.dataset, len(recording.dataset)
@@ -352,7 +352,7 @@ def instruction_table(recording: Recording, most: int = 10) -> str:
     more = [f"| and {len(counts) - most} more | |"] if len(counts) > most else []
     return "\n".join(["| instruction | episodes |", "|---|---|", *lines, *more])
 
-
+# %% ../../nbs/data/82_doctor.ipynb #5bfe1cad
 def counted(numbers: Mapping[str, int]) -> str:
     """How many findings there are: "2 errors, 1 warning"; no word for a severity that is not given."""
     return ", ".join(f"{numbers[s]} {s}{'s' * (numbers[s] != 1)}" for s in SEVERITIES if s in numbers)
@@ -374,7 +374,7 @@ def card_text(recording: Recording, findings: Sequence[Finding], pictures: Mappi
     parts += ["## Instructions", instruction_table(recording), "## Pictures", *images]
     return "\n\n".join(parts) + "\n"
 
-# %% ../../nbs/data/82_doctor.ipynb #9697555e
+# %% ../../nbs/data/82_doctor.ipynb #0d4a2b08
 def write_card(
     root: str | Path,
     folder: str | Path,  # made where it is missing
@@ -405,7 +405,7 @@ def write_card(
     (folder / "card.md").write_text(card_text(recording, findings, pictures), encoding="utf-8")
     return folder / "card.md"
 
-# %% ../../nbs/data/82_doctor.ipynb #bfd1280f
+# %% ../../nbs/data/82_doctor.ipynb #9826c9f3
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints what is wrong with a dataset, worst first; exit status 1 when something is."""
     parser = argparse.ArgumentParser(description="Look for faults in a LeRobot dataset.")
@@ -430,6 +430,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if count["error"] or (options.strict and count["warning"]):
         raise SystemExit(1)
 
-# %% ../../nbs/data/82_doctor.ipynb #87178030
+# %% ../../nbs/data/82_doctor.ipynb #d8cae9be
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
     main()
