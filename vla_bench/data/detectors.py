@@ -235,7 +235,7 @@ def idle_stretches(idle: np.ndarray, starts: np.ndarray, share: float = 0.05) ->
     )
     return [Finding("warning", "idle stretches", text, tuple(where.tolist()))]
 
-# %% ../../nbs/data/80_detectors.ipynb #93f16634
+# %% ../../nbs/data/80_detectors.ipynb #bffa3ab2
 def outlier_episodes(
     values: np.ndarray, starts: np.ndarray, names: Sequence[str], what: str, ranges: float = 1.0
 ) -> list[Finding]:
@@ -261,7 +261,7 @@ def outlier_lengths(starts: np.ndarray, rate: float, times: float = 6.0) -> list
     if len(odd) == 0 or len(lengths) < 5:
         return []
     seconds = some(f"{length / rate:.3g}" for length in lengths[odd])
-    text = f"the median is {np.median(lengths) / rate:.3g} s; episodes {{episodes}} last {seconds} s"
+    text = f"{seconds} s long, the median is {np.median(lengths) / rate:.3g} s: episodes {{episodes}}"
     return [Finding("warning", "outlier episodes", text, tuple(odd.tolist()))]
 
 # %% ../../nbs/data/80_detectors.ipynb #f313f744
