@@ -259,13 +259,40 @@ def test_wrong_time_stamps_are_found(copy, change, message):
 def test_statistics_that_stayed_behind_are_found(copy):
     rewrite(copy, "action", lambda action, _: action - [0, 0.5, 0, 0])
     found = [finding for finding in examine(copy) if finding.name == "statistics"]
-    file = (
-        "meta/stats.json: action min"
-        if copy.name == "v3.0"
-        else "meta/episodes_stats.jsonl: action of episode 0 min"
-    )
-    assert len(found) == 1 and found[0].severity == "error"
-    assert found[0].text.startswith(file) and "'elbow'" in found[0].text
+    files = ["meta/episodes_stats.jsonl: action of episode 0 min"]
+    if copy.name == "v3.0":
+        files = ["meta/stats.json: action min", "meta/episodes/chunk-000/file-000.parquet: action of episode 0 min"]
+    assert len(found) == len(files) and {finding.severity for finding in found} == {"error"}
+    for finding, file in zip(found, files):
+        assert finding.text.startswith(file) and "'elbow'" in finding.text
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"action": 3}', '{"action": {"min": {}}}', '{"action": {"mean": ["a"]}}']
+)
+def test_damaged_statistics_are_a_finding_that_names_the_file(sound, tmp_path, content):
+    copy = shutil.copytree(sound["v3.0"], tmp_path / "data")
+    (copy / "meta/stats.json").write_text(content)
+    found = examine(copy)
+    assert [(f.severity, f.name) for f in found] == [("error", "statistics")]
+    assert "meta/stats.json" in found[0].text and "\n" not in str(found[0])
+
+
+@pytest.mark.parametrize("line", ["{", "{}", '{"episode_index": 0}', '{"episode_index": 99, "stats": {"action": {}}}'])
+def test_damaged_lines_of_statistics_are_a_finding_that_names_the_file(sound, tmp_path, line):
+    copy = shutil.copytree(sound["v2.1"], tmp_path / "data")
+    with (copy / "meta/episodes_stats.jsonl").open("a") as file:
+        file.write(line)
+    found = examine(copy)
+    assert [(f.severity, f.name) for f in found] == [("error", "statistics")]
+    assert "episodes_stats.jsonl" in found[0].text and "\n" not in str(found[0])
+
+
+def test_what_the_columns_tell_is_told_when_a_video_is_broken(tmp_path):
+    root = write(tmp_path / "data", dead)
+    for path in root.rglob("*.mp4"):
+        path.write_bytes(b"no video")
+    assert [f.name for f in examine(root, videos=True)] == ["unreadable", "dead dimension"]
 
 
 def test_statistics_of_more_frames_are_found(sound, tmp_path):

@@ -218,7 +218,7 @@ def chosen_rows(
     order = np.random.default_rng(zlib.crc32(source.name.encode())).permutation(count)
     return np.sort(order[:wanted])
 
-# %% ../../nbs/data/70_conversation_files.ipynb #18e3e781
+# %% ../../nbs/data/70_conversation_files.ipynb #a2cf70f5
 def image_path(
     root: Path,  # `data_path`
     name: str,  # as the entry has it
@@ -228,5 +228,5 @@ def image_path(
     top = os.path.abspath(root)
     path = os.path.normpath(os.path.join(top, name))
     if os.path.commonpath([top, path]) != top or path == top:
-        raise ConversationError(f"{where} is {name!r}, which is not inside {root}")
+        raise ConversationError(f"{where} is {name!r}, which is not inside {root}, the dataset's data_path")
     return Path(path)
