@@ -43,6 +43,7 @@ CROSS_CUTTING = {
     "test_programs.py": "every component's module, run as a program",
     "test_repo.py": "the repository",
     "test_tutorials.py": "components of one's own, by hand and by the scaffold",
+    "evaluation/test_failures.py": "rollout, workers and report: a simulator that raises or dies",
     "benchmarks/test_metaworld_episodes.py": "metaworld and rollout: what an episode of a simulator is made of",
     "evaluation/test_episodes.py": "rollout: what an episode is made of",
     "evaluation/test_fingerprint.py": "rollout and layout: each field of a comparison, changed alone",
@@ -84,7 +85,6 @@ FOREIGN = {
     "models.backbones.vision": {
         "mask_token": "DINOv2's embeddings have it, DINOv3's and SigLIP's do not",
         "post_layernorm": "SigLIP's name for DINOv2's `layernorm`",
-        "vision_config": "a configuration of CLIP's kind holds one of a tower",
     },
     "models.backbones.weights_file": {"depth": "a thread's local has it from its first use on"},
     "models.backbones.vlm": {

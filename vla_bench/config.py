@@ -476,10 +476,12 @@ def _names(self: Config) -> list[str]:
 @patch
 def require_names(self: Config, known: Sequence[str]) -> None:
     """Raises `ConfigError` for a key of this section that is not below one of the known names."""
+    whole = _is_at_or_below(self._prefix, NOT_YET)  # read by a program of its own, if by no trainer
     for key in self._names():
-        _refuse_not_yet(key, _select(self._tree, key), self._where)
+        if not whole:
+            _refuse_not_yet(key, _select(self._tree, key), self._where)
         name = key.removeprefix(self._prefix + ".").partition(".")[0]
-        if name not in known and not _is_at_or_below(key, NOT_YET):
+        if name not in known and (whole or not _is_at_or_below(key, NOT_YET)):
             self._refuse(key, name, known)
 
 
@@ -618,7 +620,7 @@ def read_yaml(
     path = path / "config.yaml" if path.is_dir() else path
     if not path.is_file():
         beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"no configuration at {path}{suggest(path.name, beside)}")
+        raise FileNotFoundError(f"no configuration at {path}{suggest(path.name, beside) if beside else ''}")
     try:
         text = path.read_text(encoding="utf-8")
         tree = OmegaConf.load(path)
@@ -738,14 +740,16 @@ def check_parameters(
 
 # %% ../nbs/20_config.ipynb #0758c6c2
 @contextmanager
-def cli_errors() -> Iterator[None]:
+def cli_errors(
+    *others: type[Exception],  # that a program tells in one line, too
+) -> Iterator[None]:
     """Turns an error of the user (`ValueError`, `OSError`) into one line on stderr and exit status 2."""
     try:
         yield
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `… | head` has read enough
         raise SystemExit(1) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, *others) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

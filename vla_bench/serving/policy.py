@@ -7,6 +7,10 @@ Docs: https://vla-bench.github.io/vla_bench/serving/policy.html.md"""
 # %% auto #0
 __all__ = ['load_normalizers', 'sample_from', 'Policy', 'main']
 
+# %% ../../nbs/serving/20_policy.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.serving"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../nbs/serving/20_policy.ipynb #56ff71c6
 import argparse
 import hashlib
@@ -21,7 +25,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..config import cli_errors
-from ..data.layout import PolicySpec, spec_to_dict
+from ..data.layout import PolicySpec, image_sizes, spec_to_dict
 from ..data.normalize import Normalizer, load_statistics, statistics_hash
 from ..data.sample import Sample, check_sample
 from ..data.view import model_dims, robot_dims, spec_view
@@ -68,8 +72,8 @@ def _check_images(images: Sequence[Any], spec: PolicySpec) -> None:
             f"the observation has {len(images)} images, the policy sees {len(spec.cameras)} cameras "
             f"in this order: {', '.join(spec.cameras)}{each}; render the missing one, or leave the others out"
         )
-    height, width = spec.image_size
-    for camera, image in zip([camera for camera in spec.cameras for _ in range(steps)], images):
+    seen = [pair for pair in zip(spec.cameras, image_sizes(spec)) for _ in range(steps)]
+    for (camera, (height, width)), image in zip(seen, images):
         if not isinstance(image, Image.Image):
             raise ValueError(
                 f"the image of camera {camera!r} is a {type(image).__name__}, expected a PIL image"

@@ -254,7 +254,7 @@ _SPEC: dict[str, Kind] = {
     "action": {"names": [str], **_LAYOUT},
     "state": (dict, None),
     "cameras": [str],
-    "image_size": [int],
+    "image_size": ([int], [[int]]),
     "horizon": int,
     "control_rate": float,
     "normalization": dict,

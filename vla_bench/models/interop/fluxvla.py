@@ -15,6 +15,10 @@ __all__ = ['Table', 'FLOW_TABLE', 'TRANSFORMER_TABLE', 'BINS_TABLE', 'HUB', 'VLM
            'evaluate_dict', 'evaluate', 'merge', 'parse_file', 'read_assignments', 'read_fluxvla_config', 'to_yaml',
            'main']
 
+# %% ../../../nbs/models/interop/30_fluxvla.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.models.interop"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../../nbs/models/interop/30_fluxvla.ipynb #0e924a2a
 import argparse
 import ast
