@@ -261,7 +261,10 @@ def test_statistics_that_stayed_behind_are_found(copy):
     found = [finding for finding in examine(copy) if finding.name == "statistics"]
     files = ["meta/episodes_stats.jsonl: action of episode 0 min"]
     if copy.name == "v3.0":
-        files = ["meta/stats.json: action min", "meta/episodes/chunk-000/file-000.parquet: action of episode 0 min"]
+        files = [
+            "meta/stats.json: action min",
+            "meta/episodes/chunk-000/file-000.parquet: action of episode 0 min",
+        ]
     assert len(found) == len(files) and {finding.severity for finding in found} == {"error"}
     for finding, file in zip(found, files):
         assert finding.text.startswith(file) and "'elbow'" in finding.text
@@ -278,7 +281,9 @@ def test_damaged_statistics_are_a_finding_that_names_the_file(sound, tmp_path, c
     assert "meta/stats.json" in found[0].text and "\n" not in str(found[0])
 
 
-@pytest.mark.parametrize("line", ["{", "{}", '{"episode_index": 0}', '{"episode_index": 99, "stats": {"action": {}}}'])
+@pytest.mark.parametrize(
+    "line", ["{", "{}", '{"episode_index": 0}', '{"episode_index": 99, "stats": {"action": {}}}']
+)
 def test_damaged_lines_of_statistics_are_a_finding_that_names_the_file(sound, tmp_path, line):
     copy = shutil.copytree(sound["v2.1"], tmp_path / "data")
     with (copy / "meta/episodes_stats.jsonl").open("a") as file:
