@@ -1,13 +1,15 @@
 """The command line: every word reaches its program, and each program says what it takes."""
 
+import importlib
+import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from vla_bench.__main__ import COMMANDS, main
+from vla_bench.benchmarks.point import PointReach
+from vla_bench.files import write_manifest
 
 RUN = Path(__file__).parent / "fixtures" / "version_0_1" / "runs" / "llava"
 SHORT = ["evaluation.episodes=2", "evaluation.n_action_steps=2", "evaluation.max_steps=12"]
@@ -43,21 +45,149 @@ def test_evaluate_writes_where_it_is_told(tmp_path):
     ).exists()
 
 
-def test_a_mistake_is_one_line_and_status_2(tmp_path):
-    words = ["evaluate", "--run", str(tmp_path / "nowhere")]
-    process = subprocess.run(
-        [sys.executable, "-m", "vla_bench", *words], capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 2 and "nowhere" in process.stderr and "Traceback" not in process.stderr
+HERE = str(Path(__file__))
+PI0 = str(Path(__file__).parents[1] / "experiments/configs/convert/openpi_pi0.yaml")
+MISTAKES = {
+    "train": {
+        "missing": ([], "--config_yaml"),
+        "wrong": (
+            ["--config_yaml", str(RUN), "trainer.max_train_step=3"],
+            "did you mean 'trainer.max_train_steps'",
+        ),
+        "no file": (["--config_yaml", "nowhere.yaml"], "nowhere.yaml"),
+    },
+    "evaluate": {
+        "missing": ([], "--run"),
+        "wrong": (["--run", str(RUN), "evaluation.episods=3"], "did you mean 'evaluation.episodes'"),
+        "no file": (["--run", "nowhere"], "nowhere"),
+    },
+    "report": {
+        "missing": ([], "run"),
+        "wrong": (["--verfy", "nowhere"], "--verfy"),
+        "no file": (["nowhere"], "no evaluation in nowhere"),
+    },
+    "record": {
+        "missing": (["--tasks", "drawer-open-v3"], "--out"),
+        "wrong": (["--tasks", "drawer-open-v9", "--out", "new"], "did you mean 'drawer-open-v3'"),
+        "no file": (["--tasks", "drawer-open-v3", "--out", HERE], Path(HERE).name),
+    },
+    "validate": {
+        "missing": ([], "the dataset's folder is missing"),
+        "wrong": (["--horizon", "x", "nowhere"], "--horizon"),
+        "no file": (["nowhere"], "nowhere"),
+    },
+    "convert": {
+        "missing": ([], ""),
+        "wrong": (["--format", "openpi_pi9", "here", "--config", PI0, "--out", "new"], "openpi_pi9"),
+        "no file": (["--format", "openpi_pi0", "nowhere", "--config", PI0, "--out", "new"], "nowhere"),
+    },
+    "fluxvla": {
+        "missing": (["config.py"], "--out"),
+        "wrong": (["config.py", "--out", "x.yaml", "--colour", "red"], "--colour"),
+        "no file": (["nowhere.py", "--out", "x.yaml"], "nowhere.py"),
+    },
+    "list": {"wrong": (["--colour", "red"], "--colour")},
+    "new": {
+        "missing": (["head"], "name"),
+        "wrong": (["hed", "Mine"], "'hed'"),
+        "no file": (["head", "Mine", "--out", HERE], Path(HERE).name),
+    },
+}
+CASES = {
+    f"{command}: {what}": (command, *case) for command, all in MISTAKES.items() for what, case in all.items()
+}
+
+
+def test_the_mistakes_of_every_command_are_tried():
+    assert set(MISTAKES) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command, words, named", CASES.values(), ids=CASES)
+def test_a_mistake_is_one_line(command, words, named, server, tmp_path):
+    done = server({"program": ["-m", "vla_bench", command, *words], "cwd": str(tmp_path)})
+    told = [line for line in done["output"].splitlines() if not line.startswith((" ", "usage:"))]
+    assert done["returncode"] in (1, 2) and len(told) == 1, done["output"]
+    assert re.search("error: |problem: ", told[0]) and named in told[0], told[0]
+    assert not list(tmp_path.iterdir()), "a command that is refused leaves something behind"
+
+
+def test_a_word_that_is_no_command_is_refused(server):
+    done = server({"program": ["-m", "vla_bench", "evalute"]})
+    assert done["returncode"] == 2 and "invalid choice: 'evalute'" in done["output"]
+
+
+@pytest.fixture
+def evaluated(tmp_path, capsys):
+    """A run whose checkpoint has a manifest, evaluated."""
+    run = shutil.copytree(RUN, tmp_path / "llava")
+    write_manifest(checkpoint_of(run))
+    main(["evaluate", "--run", str(run), "--verify", *SHORT])
+    capsys.readouterr()
+    return run
+
+
+def checkpoint_of(run):
+    return max((run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("folder", ["", "eval/point"])
+def test_report_says_which_checkpoint_its_numbers_belong_to(folder, evaluated, capsys):
+    main(["report", str(evaluated / folder), "--verify"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"point: episodes of {checkpoint_of(evaluated).name}, every byte is as it was saved"
+
+
+def test_report_says_where_there_is_no_manifest(evaluated, capsys):
+    (checkpoint_of(evaluated) / "manifest.json").unlink()
+    main(["report", str(evaluated), "--verify"])
+    assert "it has no manifest to compare with" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", [["evaluate", "--run"], ["report"]], ids=lambda words: words[0])
+def test_verify_finds_a_flipped_bit(command, evaluated, capsys):
+    weights = checkpoint_of(evaluated) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(SystemExit) as left:
+        main([*command, str(evaluated), "--verify"])
+    told = capsys.readouterr().err
+    assert left.value.code == 2 and "model.safetensors has other content than when it was saved" in told
+    assert len(told.splitlines()) == 1
+
+
+def test_verify_finds_numbers_of_other_weights(evaluated, capsys):
+    """As after a training that went on."""
+    checkpoint = checkpoint_of(evaluated)
+    weights = checkpoint / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    write_manifest(checkpoint)
+    main(["report", str(evaluated)])
+    with pytest.raises(SystemExit):
+        main(["report", str(evaluated), "--verify"])
+    assert re.search("holds episodes of the policy [0-9a-f]{16}, .* is [0-9a-f]{16}", capsys.readouterr().err)
+
+
+def test_a_simulator_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(PointReach, "make", lambda self, task, seed: importlib.import_module("physx"))
+    run = shutil.copytree(RUN, tmp_path / "llava", ignore=shutil.ignore_patterns("eval"))
+    with pytest.raises(SystemExit) as left:
+        main(["evaluate", "--run", str(run), "evaluation.num_envs=1", *SHORT])
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert left.value.code == 2 and "No module named 'physx' in reach-red seed" in told[0]
 
 
 PACKAGE = Path(__file__).parents[1] / "vla_bench"
-FILES = [*(f"models/frameworks/{name}" for name in ("oft", "fast", "pi", "gr00t", "openvla", "llava", "pi0", "pi05")),
-         "training/imitation", "data/lerobot"]  # fmt: skip
+FILES = ["training/imitation", "evaluation/program", "evaluation/report", "serving/policy", "scaffold"]
+FILES += [f"models/{name}" for name in ("compatibility", "interop/convert", "interop/fluxvla")]
+FILES += [
+    f"models/backbones/{name}" for name in ("tiny", "tiny_composed")
+]  # components: see test_programs.py
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_program_can_be_run_as_a_file(file, tmp_path):
-    command = [sys.executable, str(PACKAGE / f"{file}.py"), "--help"]
-    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert process.returncode == 0 and "usage:" in process.stdout, process.stderr
+def test_a_program_can_be_run_as_a_file(file, tmp_path, server):
+    done = server({"program": [str(PACKAGE / f"{file}.py"), "--help"], "cwd": str(tmp_path)})
+    assert done["returncode"] == 0 and "usage:" in done["output"], done["output"]

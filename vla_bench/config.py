@@ -169,6 +169,8 @@ NAMES = (
     "run_id",
     "framework.prompt",
     "framework.vlm.base_vlm",
+    "framework.pretrained_name_or_path",
+    "trainer.pretrained_checkpoint",
     *(f"datasets.vla_data.{key}" for key in ("root", "cameras", "action_key", "state_key")),
     *(f"evaluation.{key}" for key in ("benchmark", "tasks")),
 )
@@ -202,6 +204,8 @@ def _typed(key: str, text: str, present: Any) -> Any:
     except Exception as error:  # of YAML's parser, its constructors or OmegaConf's grammar
         reason = " ".join(str(error).split())
         raise ConfigError(f"{key}={text}: not a value that YAML can read ({reason}); quote it") from error
+    if canonical_key(key) == "trainer.learning_rate" and isinstance(value, (int, float, dict)):
+        return value  # one rate for all, or one for each module, whichever the file has
     kind = type(present)
     number = isinstance(present, (int, float)) and not isinstance(present, bool)
     fits = present is None or value is None or isinstance(value, kind)
@@ -330,8 +334,6 @@ def _is_at_or_below(key: str, others: Iterable[str]) -> bool:
 
 # %% ../nbs/20_config.ipynb #668a74c9
 NOT_YET = {
-    "trainer.pretrained_checkpoint": "starting from the weights of another run",
-    "trainer.reload_modules": "loading some modules of another run",
     "trainer.loss_scale": "co-training, and weights of its losses,",
     "datasets.vlm_data": "co-training with data of images and text",
     "wandb_project": "logging to Weights & Biases",
@@ -476,10 +478,12 @@ def _names(self: Config) -> list[str]:
 @patch
 def require_names(self: Config, known: Sequence[str]) -> None:
     """Raises `ConfigError` for a key of this section that is not below one of the known names."""
+    whole = _is_at_or_below(self._prefix, NOT_YET)  # read by a program of its own, if by no trainer
     for key in self._names():
-        _refuse_not_yet(key, _select(self._tree, key), self._where)
+        if not whole:
+            _refuse_not_yet(key, _select(self._tree, key), self._where)
         name = key.removeprefix(self._prefix + ".").partition(".")[0]
-        if name not in known and not _is_at_or_below(key, NOT_YET):
+        if name not in known and (whole or not _is_at_or_below(key, NOT_YET)):
             self._refuse(key, name, known)
 
 
@@ -549,6 +553,7 @@ def require_read(self: Config) -> None:
     for section, (module, name) in OTHER_PROGRAMS.items():
         if section in self and not any(_is_at_or_below(key, [section]) for key in self._read):
             Config(self._tree, **shared).section(section).into(vars(import_module(module))[name])
+            self._read.update(_below(self._tree, section))  # checked there, and kept for that program
     for key, spelling in self._overrides.items():
         if not _is_read(key, self._read) and not _is_at_or_below(key, NOT_YET):
             leaves = {k for k in self._read if not any(o.startswith(k + ".") for o in self._read)}
@@ -618,7 +623,7 @@ def read_yaml(
     path = path / "config.yaml" if path.is_dir() else path
     if not path.is_file():
         beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"no configuration at {path}{suggest(path.name, beside)}")
+        raise FileNotFoundError(f"no configuration at {path}{suggest(path.name, beside) if beside else ''}")
     try:
         text = path.read_text(encoding="utf-8")
         tree = OmegaConf.load(path)
@@ -738,14 +743,16 @@ def check_parameters(
 
 # %% ../nbs/20_config.ipynb #0758c6c2
 @contextmanager
-def cli_errors() -> Iterator[None]:
+def cli_errors(
+    *others: type[Exception],  # that a program tells in one line, too
+) -> Iterator[None]:
     """Turns an error of the user (`ValueError`, `OSError`) into one line on stderr and exit status 2."""
     try:
         yield
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `… | head` has read enough
         raise SystemExit(1) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, *others) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

@@ -8,6 +8,10 @@ Docs: https://vla-bench.github.io/vla_bench/scaffold.html.md"""
 __all__ = ['KINDS', 'Kind', 'Spellings', 'free_name', 'spellings', 'read_template', 'renamed', 'new_cell', 'copied',
            'destination', 'exported_as', 'write_new', 'registry_line', 'entry_point', 'next_steps', 'main']
 
+# %% ../nbs/95_scaffold.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../nbs/95_scaffold.ipynb #d83e87b7
 import argparse
 import hashlib

@@ -1,10 +1,8 @@
 """What is finished stays finished, and nothing is mixed up."""
 
 import json
-import multiprocessing
 import os
 import select
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +11,6 @@ import pytest
 
 from vla_bench.benchmarks.point import PointReach
 from vla_bench.evaluation.rollout import read_episodes
-from vla_bench.evaluation.workers import WorkerError
 
 
 class Killed:
@@ -70,36 +67,6 @@ def test_finished_episodes_are_not_run_again(killed, state_policy, run_evaluatio
 
 def read_episodes_of(content):
     return [json.loads(line) for line in content.splitlines()]
-
-
-@pytest.fixture
-def murdered(tmp_path, state_policy, run_evaluation):
-    """The error of an evaluation whose policy kills one of two simulators."""
-    policy = state_policy(PointReach())
-
-    def predict(observation, *, seed, predict=policy.predict):
-        if policy.calls == 40:
-            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        return predict(observation, seed=seed)
-
-    policy.predict = predict
-    with pytest.raises(WorkerError) as caught:
-        run_evaluation(tmp_path, policy, num_envs=2)
-    return str(caught.value)
-
-
-def test_a_dead_simulator_is_named_with_its_episode(murdered):
-    assert "killed by signal 9 in reach-" in murdered and "seed 90" in murdered
-
-
-def test_a_dead_simulator_takes_the_others_with_it(murdered):
-    assert not multiprocessing.active_children()
-
-
-def test_a_dead_simulator_loses_no_finished_episode(murdered, tmp_path, run_evaluation):
-    kept = len(read_episodes(tmp_path / "episodes.jsonl"))
-    assert 0 < kept < 12 and f"{kept} of 12 episodes are finished and kept" in murdered
-    assert run_evaluation(tmp_path)["episodes"] == 12
 
 
 @pytest.mark.parametrize(

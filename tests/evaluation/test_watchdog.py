@@ -91,7 +91,7 @@ def test_an_error_is_neither_a_success_nor_a_failure(recorded):
 
 def test_an_error_is_reported_beside_the_rate(recorded):
     lines = report_text(recorded[0]).splitlines()
-    told = [line for line in lines if "1 without an outcome: the simulator hung" in line]
+    told = [line for line in lines if "1 without an outcome: the simulator failed" in line]
     assert len(told) == 2 and told[0].split()[0] == TASK and told[1].split()[0] == "all"
     rows = success_rows(next(iter(load_evaluations(recorded[0]).values())))
     assert [row.get("errors") for row in rows] == [None, 1, 1]

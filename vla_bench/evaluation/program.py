@@ -7,6 +7,10 @@ Docs: https://vla-bench.github.io/vla_bench/evaluation/program.html.md"""
 # %% auto #0
 __all__ = ['run_folder', 'evaluate_run', 'main']
 
+# %% ../../nbs/evaluation/30_program.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.evaluation"  # run as a file: the imports below are relative to it (PEP 366)
+
 # %% ../../nbs/evaluation/30_program.ipynb #98a31cb1
 import argparse
 from collections.abc import Sequence
@@ -16,6 +20,7 @@ from typing import Any
 from ..config import Config, cli_errors, load_config
 from .report import report_text
 from .rollout import EvaluationSettings, evaluate
+from .workers import WorkerError
 
 # %% ../../nbs/evaluation/30_program.ipynb #b0bc7085
 def run_folder(
@@ -31,6 +36,7 @@ def evaluate_run(
     overrides: Sequence[str] = (),
     out: str | Path | None = None,  # None for eval/<benchmark> in the run
     *,
+    verify: bool = False,  # compare every byte of the checkpoint with its manifest, however large it is
     show_progress: bool = True,
 ) -> tuple[Path, dict[str, Any]]:  # the folder of the results, and what summary.json holds
     """Evaluates the newest checkpoint of a run. Raises as `load_config`, `Policy.from_pretrained` and `evaluate` do."""
@@ -41,13 +47,12 @@ def evaluate_run(
     from vla_bench.serving.policy import Policy  # here: help and refusals need no torch
 
     results = Path(out) if out is not None else run / "eval" / settings.benchmark
-    return results, evaluate(
-        Policy.from_pretrained(run), None, settings, results, show_progress=show_progress
-    )
+    policy = Policy.from_pretrained(run, verify=verify)
+    return results, evaluate(policy, None, settings, results, show_progress=show_progress)
 
 # %% ../../nbs/evaluation/30_program.ipynb #bfa7c8e2
 def main(argv: Sequence[str] | None = None) -> None:
-    """`vla_bench evaluate --run FOLDER [--out FOLDER] [key=value ...]`; prints the success rates."""
+    """`vla_bench evaluate --run FOLDER [--out FOLDER] [--verify] [key=value ...]`; prints the success rates."""
     parser = argparse.ArgumentParser(
         prog="vla_bench evaluate",
         description="Evaluate the newest checkpoint of a run in its simulator.",
@@ -57,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--config_yaml", "--run", required=True, help="run folder, or the YAML file that it was trained with"
     )
     parser.add_argument("--out", help="folder of the results; eval/<benchmark> in the run when left out")
+    parser.add_argument("--verify", action="store_true", help="compare every byte of the checkpoint first")
     options, overrides = parser.parse_known_args(argv)
-    with cli_errors():
-        results, _ = evaluate_run(options.config_yaml, overrides, options.out)
+    with cli_errors(WorkerError):
+        results, _ = evaluate_run(options.config_yaml, overrides, options.out, verify=options.verify)
         print(report_text(results))
 
 # %% ../../nbs/evaluation/30_program.ipynb #9ca40761

@@ -8,6 +8,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/tiny.html.md"""
 __all__ = ['CORPUS', 'TINY_SIZES', 'ROPE', 'HALF', 'Built', 'QWEN_TOKENS', 'QWEN_TEMPLATE', 'GEMMA_TEMPLATE', 'INTERN_TEMPLATE',
            'SMOL_TEMPLATE', 'LLAVA_TEMPLATE', 'BUILDERS', 'train_tokenizer', 'Sizes', 'write_tiny', 'main']
 
+# %% ../../../nbs/models/backbones/90_tiny.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.backbones"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/backbones/90_tiny.ipynb #3cdc9c77
 import argparse
 import shutil

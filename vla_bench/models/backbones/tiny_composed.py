@@ -8,6 +8,12 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/tiny_composed.html.
 __all__ = ['Component', 'COMPONENTS', 'VISION', 'COMPOSED', 'OPTIONS', 'train_metaspace', 'write_tiny_component', 'emptied',
            'write_tiny_composed', 'main']
 
+# %% ../../../nbs/models/backbones/91_tiny_composed.ipynb #shows001
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = (
+        "vla_bench.models.backbones"  # run as a file: the imports below are relative to it (PEP 366)
+    )
+
 # %% ../../../nbs/models/backbones/91_tiny_composed.ipynb #61d0f8c2
 import argparse
 import json
