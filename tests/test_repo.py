@@ -65,7 +65,10 @@ CROSS_CUTTING = {
     "training/test_old_runs.py": "a run that version 0.1 wrote",
     "training/test_order_of_samples.py": "loop and order: which samples a run sees",
     "training/test_policy_of_a_run.py": "run and policy",
+    "training/test_program.py": "the training as each program that the field types",
+    "training/test_settings.py": "config, run and loop: each setting reaches what it controls",
     "training/test_unread_keys.py": "config, run and rollout: keys that nothing reads",
+    "training/test_what_is_trained.py": "optim, run and imitation: the table of parts, and every loss",
     "viz/test_recording.py": "the recording that the pages show",
 }
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
