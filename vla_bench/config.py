@@ -553,6 +553,7 @@ def require_read(self: Config) -> None:
     for section, (module, name) in OTHER_PROGRAMS.items():
         if section in self and not any(_is_at_or_below(key, [section]) for key in self._read):
             Config(self._tree, **shared).section(section).into(vars(import_module(module))[name])
+            self._read.update(_below(self._tree, section))  # checked there, and kept for that program
     for key, spelling in self._overrides.items():
         if not _is_read(key, self._read) and not _is_at_or_below(key, NOT_YET):
             leaves = {k for k in self._read if not any(o.startswith(k + ".") for o in self._read)}
