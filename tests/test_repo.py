@@ -86,7 +86,6 @@ FOREIGN = {
     "models.backbones.vision": {
         "mask_token": "DINOv2's embeddings have it, DINOv3's and SigLIP's do not",
         "post_layernorm": "SigLIP's name for DINOv2's `layernorm`",
-        "vision_config": "a configuration of CLIP's kind holds one of a tower",
     },
     "models.backbones.weights_file": {"depth": "a thread's local has it from its first use on"},
     "models.backbones.vlm": {

@@ -31,8 +31,8 @@ def milliseconds(read: Callable, places: list, repeats: int = 5) -> float:
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
-        for path, index in places:
-            read(path, index)
+        for place in places:
+            read(*place)
         best = min(best, (time.perf_counter() - start) / len(places))
     return 1000 * best
 
@@ -48,14 +48,15 @@ def main() -> None:
     places = []
     for index in rng.integers(0, len(dataset), options.samples):
         episode, frame, _ = dataset.subset.locate(int(index))
-        path, first = episode.videos[key]
-        places.append((path, first + frame))
-    for path, index in places:
-        assert np.array_equal(reader(path).read(index), opened_anew(path, index)), (
+        path, start = episode.videos[key]
+        moment = (start, episode.length, frame, frame / dataset.fps, dataset.fps)
+        places.append((path, moment, reader(path).locate(*moment)))
+    for path, moment, index in places:
+        assert np.array_equal(reader(path).read_at(*moment), opened_anew(path, index)), (
             "the two ways must give the same pixels"
         )
-    ours = milliseconds(lambda path, index: reader(path).read(index), places)
-    theirs = milliseconds(opened_anew, places)
+    ours = milliseconds(lambda path, moment, index: reader(path).read_at(*moment), places)
+    theirs = milliseconds(lambda path, moment, index: opened_anew(path, index), places)
     print(f"{len(places)} random images {dataset.image_size} of {dataset.name}")
     print(f"  opened anew  {theirs:7.3f} ms per image")
     print(f"  vla_bench    {ours:7.3f} ms per image   {theirs / ours:.1f} x")

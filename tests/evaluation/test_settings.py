@@ -1,9 +1,15 @@
 """The section `evaluation` of a configuration, in every spelling that is in use."""
 
+from dataclasses import asdict
+from types import SimpleNamespace
+
 import pytest
 
+from vla_bench.benchmarks.point import PointReach
 from vla_bench.config import ConfigError, load_config
-from vla_bench.evaluation.rollout import EvaluationSettings
+from vla_bench.data.layout import PolicySpec
+from vla_bench.evaluation.rollout import EvaluationSettings, build_benchmark, check_settings
+from vla_bench.registry import BENCHMARKS
 
 SPELLINGS = ["n_action_steps", "replan_steps", "execute_steps"]
 
@@ -40,3 +46,89 @@ def test_two_spellings_on_the_command_line_are_refused(other):
 def test_a_count_below_one_is_refused(name):
     with pytest.raises(ValueError, match=f"evaluation.{name} must be at least 1, got 0"):
         EvaluationSettings(**{name: 0})
+
+
+def test_what_is_not_said_has_these_values():
+    assert asdict(EvaluationSettings()) == {
+        "benchmark": "metaworld", "tasks": [], "episodes": 10, "first_seed": 50000, "num_envs": 1, "n_action_steps": 6,
+        "max_steps": None, "videos_per_task": 0, "attention": False, "step_timeout_s": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"videos_per_task": -1}, "evaluation.videos_per_task must be at least 0, got -1"),
+        ({"first_seed": -1}, "evaluation.first_seed must be at least 0, got -1"),
+        ({"episodes": 1.5}, "evaluation.episodes"),
+        ({"first_seed": 2**32 - 9}, "evaluation.first_seed"),
+        ({"tasks": ["a", "b", "a"]}, "evaluation.tasks"),
+        ({"step_timeout_s": 0}, "evaluation.step_timeout_s must be more than 0 seconds, got 0"),
+        ({"step_timeout_s": True}, "evaluation.step_timeout_s must be more than 0 seconds, got True"),
+        ({"step_timeout_s": "1"}, "evaluation.step_timeout_s must be more than 0 seconds, got '1'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_meant_is_refused(changes, named):
+    with pytest.raises(ValueError, match=named):
+        EvaluationSettings(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"episodes": 1, "num_envs": 1, "n_action_steps": 1, "max_steps": 1}, {"videos_per_task": 0, "first_seed": 0},
+     {"first_seed": 2**32 - 10}, {"tasks": ["a", "b"]}, {"step_timeout_s": 0.001}, {"step_timeout_s": float("inf")}],
+    ids=str,
+)  # fmt: skip
+def test_the_bounds_themselves_are_allowed(changes):
+    assert asdict(EvaluationSettings(**changes)).items() >= changes.items()
+
+
+@pytest.mark.parametrize(
+    "settings, asked",
+    [
+        ({}, {"tasks": None}),
+        ({"tasks": ["b", "a"]}, {"tasks": ["b", "a"]}),
+        ({"max_steps": 33}, {"tasks": None, "max_steps": 33}),
+    ],
+)
+def test_a_benchmark_is_built_for_the_cameras_and_the_image_size_of_the_policy(settings, asked, monkeypatch):
+    built = []
+    monkeypatch.setattr(BENCHMARKS, "build", lambda section, **more: built.append((section, more)))
+    policy = SimpleNamespace(cameras=["left", "right"], image_size=[48, 64])
+    build_benchmark(EvaluationSettings(benchmark="point", **settings), policy)
+    assert built == [({"type": "point", **asked}, {"cameras": ("left", "right"), "image_size": (48, 64)})]
+
+
+LIMITS = SimpleNamespace(spec=PointReach(max_steps=20).spec, tasks=PointReach().tasks)
+
+
+def fitting(horizon):
+    spec = LIMITS.spec
+    return PolicySpec(
+        spec.action, spec.state, spec.cameras, spec.image_size, horizon, spec.control_rate, {}, "none", "none"
+    )
+
+
+@pytest.mark.parametrize(
+    "horizon, settings",
+    [(6, {}), (3, {"n_action_steps": 3}), (6, {"max_steps": 20}), (6, {"tasks": ["reach-red"]})],
+    ids=str,
+)
+def test_settings_up_to_the_limits_fit(horizon, settings):
+    check_settings(fitting(horizon), LIMITS, EvaluationSettings(benchmark="point", **settings))
+
+
+@pytest.mark.parametrize(
+    "horizon, settings, named",
+    [
+        (5, {}, "n_action_steps is 6, but the policy's horizon is 5"),
+        (3, {"n_action_steps": 4}, "to at most 3"),
+        (6, {"max_steps": 21}, "max_steps is 21, but point was built with max_steps=20"),
+        (6, {"tasks": ["reach-red", "reach-bleu"]}, "no task 'reach-bleu'; did you mean 'reach-blue'"),
+    ],
+    ids=str,
+)
+def test_settings_beyond_the_limits_are_refused(horizon, settings, named):
+    with pytest.raises(ValueError, match=named):
+        check_settings(fitting(horizon), LIMITS, EvaluationSettings(benchmark="point", **settings))

@@ -65,3 +65,20 @@ def test_a_task_without_any_outcome_is_not_in_the_mean_over_tasks():
     tasks = {"a": outcomes(True), "b": outcomes(True, False), "c": [HUNG]}
     found = summarize({"task": task, **record} for task, records in tasks.items() for record in records)
     assert found["mean_over_tasks"] == 0.75 and found["success_rate"] == 2 / 3 and found["errors"] == 1
+
+
+def test_the_mean_length_is_that_of_the_successes():
+    records = [
+        {"success": True, "steps": 10},
+        {"success": True, "steps": 25},
+        {"success": False, "steps": 300},
+    ]
+    assert success_rate(records)["mean_steps"] == 17.5
+    assert success_rate(records[2:])["mean_steps"] is None
+
+
+@pytest.mark.parametrize(
+    "confidence, low, high", [(0.95, 0.2366, 0.7634), (0.8, 0.3122, 0.6878), (0.5, 0.3957, 0.6043)]
+)
+def test_an_interval_has_the_confidence_that_was_asked_for(confidence, low, high):
+    assert wilson_interval(5, 10, confidence) == pytest.approx((low, high), abs=1e-4)

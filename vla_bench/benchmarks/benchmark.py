@@ -133,8 +133,9 @@ def policy_differences(
     return lines + _state_differences(policy.state, benchmark.state)
 
 # %% ../../nbs/benchmarks/00_benchmark.ipynb #a7bae1ba
-def _size(image_size: tuple[int, int]) -> str:
-    return f"{image_size[0]} x {image_size[1]} pixels"
+def _size(image_size: tuple) -> str:
+    sizes = image_size if isinstance(image_size[0], tuple) else [image_size]
+    return f"{' and '.join(f'{height} x {width}' for height, width in sizes)} pixels"
 
 
 def _state_differences(policy: Layout | None, benchmark: Layout | None) -> list[str]:

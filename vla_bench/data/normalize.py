@@ -111,7 +111,19 @@ def line(
         constant = s.min is not None and s.min[d] == s.max[d]
         return (s.min[d], 0.0) if constant else (s.mean[d], s.std[d])
     low, high = (s.q01[d], s.q99[d]) if mode == "q99" else (s.min[d], s.max[d])
+    if mode == "q99" and low == high and s.std[d] > 0:
+        return low, _farthest(s, d)
     return (high + low) / 2, (high - low) / 2
+
+
+def _farthest(s: Statistics, d: int) -> float:
+    """How far a dimension with equal quantiles goes from them; zero for a constant."""
+    if s.min is None:
+        raise ValueError(
+            f"dimension {d} moves (its deviation is {s.std[d]:.3g}) in less than 1% of the rows: its quantiles "
+            "are equal and these statistics hold no extremes, so q99 would make it a constant; use mean_std"
+        )
+    return max(s.max[d] - s.q99[d], s.q01[d] - s.min[d])
 
 # %% ../../nbs/data/20_normalize.ipynb #e905a9c2
 class Normalizer:

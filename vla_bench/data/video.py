@@ -9,10 +9,12 @@ __all__ = ['MAX_OPEN', 'add_h264', 'VideoWriter', 'open_video', 'write_video', '
 
 # %% ../../nbs/data/30_video.ipynb #6d455b07
 import os
+from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -20,6 +22,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from fastcore.basics import patch
 
+from .video_times import index_times, packet_times
 from ..files import write_whole
 
 # %% ../../nbs/data/30_video.ipynb #78839c5e
@@ -102,41 +105,119 @@ class VideoError(ValueError):
 
 
 class VideoReader:
-    """Frames of one file by index. Not shared between processes; see `reader`."""
+    """Frames of one file by index or by time. Not shared between processes; see `reader`."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
             self._container = av.open(str(path))
             self._stream = self._container.streams.video[0]
+            self._stream.thread_type = "SLICE"
+            self._stream.codec_context.thread_count = (
+                1  # more threads only wait for each other on small frames
+            )
+            self._from_table = (known := index_times(self._stream)) is not None
+            self._set_times(packet_times(self._container, self._stream) if known is None else known)
         except (av.FFmpegError, IndexError, OSError) as error:
             raise VideoError(f"{path}: cannot be opened as a video ({error})") from error
-        self._stream.thread_type = "SLICE"
-        self._stream.codec_context.thread_count = 1  # more threads only wait for each other on small frames
-        self.fps = float(self._stream.average_rate)
-        self.frame_count = self._stream.frames
         self.height, self.width = self._stream.height, self._stream.width
-        self._ticks = 1 / (self._stream.average_rate * self._stream.time_base)  # time stamps per frame
-        self._start = self._stream.start_time or 0
+        self.pix_fmt: str = self._stream.codec_context.pix_fmt or "unknown"
         self._reformatter = VideoReformatter()
-        self._frames, self._at = iter(()), None
+
+    def _set_times(self, ticks: np.ndarray) -> None:
+        if not len(ticks):
+            raise VideoError(f"{self.path}: holds no frame")
+        self._ticks = ticks  # int64 [N], presentation times in the stream's time base
+        self.times = (ticks - ticks[0]) * float(self._stream.time_base)  # seconds after the first frame
+        self._seconds = self.times.tolist()  # the same as plain numbers, which are faster one by one
+        self.frame_count = len(ticks)
+        self.fps = (len(ticks) - 1) / self.times[-1] if len(ticks) > 1 else float(self._stream.average_rate)
+        self._frames, self._at = iter(()), None  # the decoder's output, the index of its last frame
 
     def close(self) -> None:
         """Closes the file."""
         self._container.close()
 
+# %% ../../nbs/data/30_video.ipynb #c50ea879
+class _Reordered(Exception):
+    """A packet is shown at another time than the container's table says."""
+
+
+@patch
+def _seek(self: VideoReader, place: int, target: int) -> int:  # decoding time of the key frame it begins with
+    while True:
+        self._container.seek(place, stream=self._stream, backward=True)
+        packets = self._container.demux(self._stream)
+        first = next(packets)
+        if first.pts is None or first.pts <= target or first.dts is None or first.dts > place:
+            break  # the last: there is no key frame further back
+        place = first.dts - 1
+    floor = self._ticks[0] if first.pts is None else first.pts
+    self._frames = self._decoded(first, packets, floor)
+    return place if first.dts is None else first.dts
+
+
+@patch
+def _decoded(
+    self: VideoReader, first: av.Packet, packets: Iterator[av.Packet], floor: int
+) -> Iterator[av.VideoFrame]:
+    for packet in chain([first], packets):
+        if self._from_table and packet.pts != packet.dts:
+            raise _Reordered
+        yield from (frame for frame in packet.decode() if frame.pts is not None and frame.pts >= floor)
+
 # %% ../../nbs/data/30_video.ipynb #ad8a0656
 @patch
-def _decode_until(self: VideoReader, index: int, lookahead: int) -> av.VideoFrame | None:
-    if self._at is None or not self._at < index <= self._at + lookahead:
-        place = self._start + round(index * self._ticks)
-        self._container.seek(place, stream=self._stream, backward=True)
-        self._frames = self._container.decode(self._stream)
+def _advance(self: VideoReader, target: int) -> av.VideoFrame | None:
+    """Decodes on to the frame that is shown at `target`; None when it is passed over."""
     for frame in self._frames:
-        self._at = round((frame.pts - self._start) / self._ticks)
-        if self._at >= index:
-            return frame if self._at == index else None
+        if frame.pts >= target:
+            self._at = int(np.searchsorted(self._ticks, frame.pts))
+            return frame if frame.pts == target else None
     return None
+
+
+@patch
+def _decode_until(self: VideoReader, index: int, lookahead: int) -> av.VideoFrame | None:
+    target = place = int(self._ticks[index])
+    if self._at is not None and self._at < index <= self._at + lookahead:
+        if frame := self._advance(target):
+            return frame
+    for _ in range(4):
+        began = self._seek(place, target)
+        if frame := self._advance(target):
+            return frame
+        place = min(began, place) - 1
+    return None
+
+# %% ../../nbs/data/30_video.ipynb #dbff164d
+@patch
+def _pixels(self: VideoReader, index: int, lookahead: int) -> np.ndarray:
+    if not 0 <= index < self.frame_count:
+        raise IndexError(f"{self.path}: no frame {index}, it has {self.frame_count}")
+    try:
+        frame = self._decode_until(index, lookahead)
+    except (av.FFmpegError, StopIteration) as error:
+        self._at = None
+        raise VideoError(
+            f"{self.path}: frame {index} does not decode ({error}); the file is damaged"
+        ) from error
+    if frame is None:
+        self._at = None
+        raise VideoError(f"{self.path}: frame {index} is not in the file; it is truncated or has gaps")
+    if frame.is_corrupt:
+        raise VideoError(f"{self.path}: frame {index} is damaged")
+    return self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+
+
+@patch
+def _read(self: VideoReader, place: Callable[[], int], lookahead: int) -> np.ndarray:
+    try:
+        return self._pixels(place(), lookahead)
+    except _Reordered:  # the table was not to be relied on after all
+        self._from_table = False
+        self._set_times(packet_times(self._container, self._stream))
+        return self._pixels(place(), lookahead)
 
 # %% ../../nbs/data/30_video.ipynb #960e3b0c
 @patch
@@ -146,18 +227,42 @@ def read(
     lookahead: int = 8,  # decode on, rather than seek, for a gap of at most this many frames
 ) -> np.ndarray:  # uint8 [H, W, 3] RGB
     """One frame. Raises `IndexError` beyond the end, `VideoError` for one that does not decode."""
-    if index < 0 or (self.frame_count and index >= self.frame_count):
-        raise IndexError(f"{self.path}: no frame {index}, it has {self.frame_count}")
-    try:
-        if frame := self._decode_until(index, lookahead):
-            return self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    except av.FFmpegError as error:
-        self._at = None
+    return self._read(lambda: index, lookahead)
+
+# %% ../../nbs/data/30_video.ipynb #60ef0a9a
+@patch
+def locate(
+    self: VideoReader,
+    start: float,  # seconds, where the episode begins in the file
+    length: int,  # frames of the episode
+    frame: int,  # of the episode
+    seconds: float,  # from the episode's first row to this one
+    fps: float,  # Hz, of the dataset
+) -> int:  # the frame's index in the file
+    """Where a row's frame is. Raises `VideoError` when video and time stamps do not agree."""
+    times, half = self._seconds, 0.5 / fps
+    first = bisect_left(times, start - half)
+    if first == len(times) or times[first] - start >= half:
+        raise VideoError(f"{self.path}: no frame is shown at {start:.3f} s, where the episode begins")
+    if first + length > len(times):
+        raise VideoError(f"{self.path}: {len(times) - first} frames from {start:.3f} s on, expected {length}")
+    lasting = times[first + length - 1] - times[first]
+    if length > 1 and abs((length - 1) / lasting - fps) > 0.01 * fps:
+        raise VideoError(f"{self.path} plays at {(length - 1) / lasting:g} Hz, info.json says {fps:g} Hz")
+    if abs(times[first + frame] - times[first] - seconds) >= half:
         raise VideoError(
-            f"{self.path}: frame {index} does not decode ({error}); the file is damaged"
-        ) from error
-    self._at = None
-    raise VideoError(f"{self.path}: frame {index} is not in the file; it is truncated or has gaps")
+            f"{self.path}: frame {frame} from {start:.3f} s on is shown {times[first + frame] - times[first]:.3f} s "
+            f"after the first one, its row says {seconds:.3f} s"
+        )
+    return first + frame
+
+
+@patch
+def read_at(
+    self: VideoReader, start: float, length: int, frame: int, seconds: float, fps: float
+) -> np.ndarray:  # uint8 [H, W, 3] RGB
+    """The frame of a row of an episode, see `locate`. Raises `VideoError`."""
+    return self._read(lambda: self.locate(start, length, frame, seconds, fps), lookahead=8)
 
 # %% ../../nbs/data/30_video.ipynb #3dc825c7
 _OPEN: OrderedDict[tuple[int, str], VideoReader] = OrderedDict()
@@ -166,11 +271,12 @@ MAX_OPEN = 64
 
 def reader(
     path: str | Path,
+    check: Callable[[Path], Path] = Path,  # what is done with the path before the file is opened
 ) -> VideoReader:
     """An open reader of this process for a file; the least recently used is closed beyond `MAX_OPEN`."""
     key = (os.getpid(), str(path))
     if key not in _OPEN:
-        _OPEN[key] = VideoReader(path)
+        _OPEN[key] = VideoReader(check(Path(path)))
         while len(_OPEN) > MAX_OPEN:
             oldest, closing = _OPEN.popitem(last=False)
             if oldest[0] == os.getpid():

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ..benchmarks.benchmark import Benchmark, check_policy
 from ..config import require, require_whole
-from ..data.layout import PolicySpec
+from ..data.layout import PolicySpec, image_sizes
 from .statistics import summarize
 from vla_bench.evaluation.workers import (
     EpisodeError,
@@ -122,7 +122,11 @@ def build_benchmark(
     settings: EvaluationSettings,
     spec: PolicySpec,  # whose cameras and image size the benchmark is to show
 ) -> Benchmark:
-    """The benchmark that the settings name. Raises `ValueError` for unknown tasks or cameras."""
+    """The benchmark that the settings name. Raises `ValueError` for unknown tasks or cameras, or cameras that differ."""
+    if len(set(image_sizes(spec))) > 1:
+        raise ValueError(
+            f"the policy's cameras have different sizes, {image_sizes(spec)}; simulators here render them at one"
+        )
     arguments: dict[str, Any] = {"tasks": settings.tasks or None}
     if settings.max_steps is not None:
         arguments["max_steps"] = settings.max_steps

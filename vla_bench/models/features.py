@@ -30,6 +30,7 @@ class Features:
     next_position: Tensor | None = None  # long [B], behind the last token's position id; comes with `cache`
     state: Tensor | None = None  # [B, S], normalised proprioception; put in by the framework
     embodiment: Tensor | None = None  # long [B], which robot a sample is from, where there are several
+    image: Tensor | None = None  # bool [B, L+K], true at an image's tokens; for heads that read the two apart
 
     @property
     def extra(self) -> Tensor:
@@ -37,14 +38,15 @@ class Features:
         return self.hidden[:, self.hidden.shape[1] - self.num_extra :]
 
     def repeated(self, count: int) -> "Features":
-        """The hidden states, mask, state and embodiment of a batch that is repeated, repeats behind each other."""
+        """The hidden states, masks, state and embodiment of a batch that is repeated, repeats behind each other."""
 
         def repeat(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.repeat(count, *[1] * (x.ndim - 1))
 
         if count == 1:
             return self
-        own = {name: repeat(getattr(self, name)) for name in ("hidden", "mask", "state", "embodiment")}
+        names = ("hidden", "mask", "state", "embodiment", "image")
+        own = {name: repeat(getattr(self, name)) for name in names}
         return Features(**own, num_extra=self.num_extra)
 
 # %% ../../nbs/models/00_features.ipynb #ures0007

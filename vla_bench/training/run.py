@@ -6,9 +6,9 @@ Docs: https://vla-bench.github.io/vla_bench/training/run.html.md"""
 
 # %% auto #0
 __all__ = ['COUNTS', 'FIELDS', 'FREE_KEYS', 'PLACES', 'TrainerSettings', 'DataSettings', 'check_modes', 'RunSettings', 'Data',
-           'open_data', 'policy_spec', 'check_processes', 'make_accelerator', 'differences', 'find_resume',
-           'check_dtype', 'inside', 'check_ranges', 'load_framework', 'Run', 'progress', 'check_data', 'restore',
-           'start_folder', 'make_optimizer', 'set_up', 'save', 'finish']
+           'open_dataset', 'open_data', 'policy_spec', 'check_processes', 'make_accelerator', 'differences',
+           'find_resume', 'check_dtype', 'inside', 'check_ranges', 'load_framework', 'Run', 'progress', 'check_data',
+           'restore', 'start_folder', 'make_optimizer', 'set_up', 'save', 'finish']
 
 # %% ../../nbs/training/25_run.ipynb #grun0002
 import os
@@ -62,7 +62,14 @@ from vla_bench.training.checkpoint import (
     what_stands,
 )
 from .loop import AugmentedView, BatchSampler, split_episodes
-from .optim import flat_learning_rates, freeze_modules, parameter_groups, warmup_cosine
+from vla_bench.training.optim import (
+    flat_learning_rates,
+    freeze_modules,
+    parameter_groups,
+    parts_table,
+    warmup_cosine,
+)
+from .pretrained import load_pretrained, module_paths
 
 # %% ../../nbs/training/25_run.ipynb #c8f85b2d
 @dataclass
@@ -85,6 +92,8 @@ class TrainerSettings:
     eval_interval: int = 500
     save_interval: int = 1000
     eval_samples: int = 1024  # held-out frames per evaluation, evenly spread
+    pretrained_checkpoint: str | None = None  # weights to start from: see `load_pretrained`
+    reload_modules: Any = None  # module paths to load from it, a list or separated by commas; all without
     resume: Any = (
         False  # true: continue the run that the folder holds; last_good: from its newest whole checkpoint
     )
@@ -100,10 +109,15 @@ class TrainerSettings:
         for path, rate in flat_learning_rates(self.learning_rate).items():
             key = ".".join(filter(None, ("trainer.learning_rate", path)))
             require(is_number(rate) and rate >= 0, key, "a finite number, not below 0", rate)
-        frozen = self.freeze_modules
-        paths = frozen if isinstance(frozen, (list, tuple)) else [frozen or ""]
-        texts = all(isinstance(path, str) for path in paths)
-        require(texts, "trainer.freeze_modules", "module paths, a list or separated by commas", frozen)
+        for key in ("freeze_modules", "reload_modules"):
+            named = vars(self)[key]
+            paths = named if isinstance(named, (list, tuple)) else [named or ""]
+            texts = all(isinstance(path, str) for path in paths)
+            require(texts, f"trainer.{key}", "module paths, a list or separated by commas", named)
+        if module_paths(self.reload_modules) and not self.pretrained_checkpoint:
+            raise ConfigError(
+                "trainer.reload_modules needs trainer.pretrained_checkpoint, the weights to load from"
+            )
         _check_optimizer(self)
 
 
@@ -140,6 +154,7 @@ class DataSettings:
     shift_pixels: int = 0  # augmentation, see `augment`
     state_noise: float = 0.0
     horizon: int | None = None  # actions per chunk; follows framework.action_horizon, and must agree if given
+    follow_links: bool = False  # read files that are links out of the dataset's folder
 
     def __post_init__(self):
         key = "datasets.vla_data"
@@ -208,6 +223,21 @@ class Data:
         return self.train.state_layout.dim if self.train.state_layout else 0
 
 # %% ../../nbs/training/25_run.ipynb #c68d5cc6
+def open_dataset(
+    settings: DataSettings,
+    horizon: int = 1,
+) -> LeRobotDataset:
+    """The whole dataset in physical units, by every setting: what training, notebooks and programs look at."""
+    return LeRobotDataset(
+        settings.root,
+        horizon=horizon,
+        cameras=settings.cameras,
+        action_key=settings.action_key,
+        state_key=settings.state_key,
+        follow_links=settings.follow_links,
+    )
+
+
 def open_data(
     settings: DataSettings,
     horizon: int,  # of the framework
@@ -219,13 +249,7 @@ def open_data(
             f"datasets.vla_data.horizon is {settings.horizon} but framework.action_horizon is {horizon}; "
             "a chunk that the model does not predict in full cannot be a label: leave the first one out"
         )
-    whole = LeRobotDataset(
-        settings.root,
-        horizon=horizon,
-        cameras=settings.cameras,
-        action_key=settings.action_key,
-        state_key=settings.state_key,
-    )
+    whole = open_dataset(settings, horizon)
     train, held_out = split_episodes(whole.episodes, settings.held_out, seed)
     statistics = whole.select(train).statistics()
     fields = [name for name in ("action", "state") if statistics.get(name) is not None]
@@ -450,6 +474,8 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     view: AugmentedView  # the training data, addressed by (position, row)
     step: int = 0  # optimizer steps done
+    parts: list[dict[str, Any]] = field(default_factory=list)  # what is trained, see `parts_table`
+    losses: dict[str, float] = field(default_factory=dict)  # of the last step, as the framework names them
 
     @cached_property
     def identity(self) -> dict[str, dict[str, Any]]:
@@ -613,12 +639,17 @@ def set_up(cfg: Config) -> Run:
     checkpoint = find_resume(cfg, folder, settings.resume)
     set_seed(seed)
     framework = load_framework(model, data, checkpoint)
+    if settings.pretrained_checkpoint and not checkpoint:
+        report = load_pretrained(framework, settings.pretrained_checkpoint, settings.reload_modules)
+        accelerator.print(report, file=sys.stderr)
     optimizer, scheduler = make_optimizer(framework, settings)
+    parts = parts_table(framework, optimizer.param_groups)
     set_seed(seed, device_specific=True)
     wrapped, stepper = accelerator.prepare(framework, optimizer)
     view = AugmentedView(data.train, seed, sources.shift_pixels, sources.state_noise)
     spec = policy_spec(data)
     run = Run(folder, seed, settings, data, spec, accelerator, framework, wrapped, stepper, scheduler, view)
+    run.parts = parts
     if checkpoint:
         restore(run, checkpoint, optimizer)
     accelerator.wait_for_everyone()

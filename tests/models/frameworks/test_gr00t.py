@@ -118,3 +118,22 @@ def test_a_name_that_never_was_is_no_attribute(version_0_1):
     model = Framework.from_pretrained(version_0_1.gr00t)
     with pytest.raises(AttributeError, match="ears"):
         model.ears  # noqa: B018
+
+
+TURNS = {"hidden_size": 16, "num_heads": 2, "num_layers": 3, "num_future_tokens": 0}
+TURNS |= {"attend_text_every_n_blocks": 2, "dropout": 0.0}
+
+
+@pytest.mark.parametrize("encoder", [False, True], ids=["alone", "with a vision encoder"])
+def test_a_head_that_takes_turns_is_told_which_tokens_are_an_image_s(toy, dino, encoder):
+    model = toy.fresh(GR00T, changes=(dino if encoder else {}) | {"action_model": TURNS})
+    batch = model.to_batch(toy.examples)
+    features, prompt = model.read(batch), model.vlm.image_token_mask(batch["inputs"])
+    own = features.image[:, : features.image.shape[1] - prompt.shape[1]]
+    assert torch.equal(features.image[:, own.shape[1] :], prompt) and prompt.any() and not prompt.all()
+    assert own.all() and bool(own.numel()) == encoder
+
+
+def test_a_head_that_sees_both_at_once_is_told_nothing(toy):
+    model = toy.build(GR00T)
+    assert model.read(model.to_batch(toy.examples)).image is None

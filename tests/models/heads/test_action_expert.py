@@ -9,8 +9,9 @@ import torch
 from scipy import stats
 
 from vla_bench.models.features import BackboneSizes, Features
-from vla_bench.models.heads.action_expert import ActionExpertHead, time_embedding
-from vla_bench.models.heads.flow import sample_time_pi0
+from vla_bench.models.heads import action_expert
+from vla_bench.models.heads.action_expert import ActionExpertHead, summed_times, time_embedding
+from vla_bench.models.heads.flow import euler_times, sample_time_pi0
 from vla_bench.models.heads.head import HeadSizes
 from vla_bench.models.layers.expert import ExpertLayer
 
@@ -87,9 +88,28 @@ def test_the_sampler_follows_the_velocity_from_one_to_zero(features, adaptive):
     head, x = build(adaptive), NOISE
     prefix, token = head.prefix_cache(features), head.state_token(features.state, B)
     with torch.no_grad():
-        for k in range(10):
-            x = x - 0.1 * head.velocity(x, torch.full((B,), (10 - k) / 10), prefix, token)[0]
-        torch.testing.assert_close(head.sample(features, NOISE), x, atol=1e-5, rtol=0)
+        time, dt = torch.tensor(1.0), torch.tensor(-0.1)
+        while time >= -dt / 2:  # openpi's loop
+            x = x + dt * head.velocity(x, time.expand(B), prefix, token)[0]
+            time = time + dt
+        torch.testing.assert_close(head.sample(features, NOISE), x, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10, 50, 999])
+def test_the_times_are_added_up_in_float32_as_openpi_does(steps):
+    time, dt, expected = torch.tensor(1.0), torch.tensor(-1.0 / steps), []
+    while time >= -dt / 2:
+        expected.append(time.item())
+        time = time + dt
+    assert summed_times(steps) == [*expected, 0.0]
+
+
+@torch.no_grad()
+def test_times_that_are_computed_would_be_noticed(features, monkeypatch):
+    head = build(False)
+    found = head.sample(features, NOISE)
+    monkeypatch.setattr(action_expert, "summed_times", lambda steps: euler_times(steps, 1.0, 0.0))
+    assert (head.sample(features, NOISE) - found).abs().max() > 5e-6
 
 
 @both

@@ -1,5 +1,6 @@
 """Flow matching with a diffusion transformer: every form of head against the equations in numpy, and what all promise."""
 
+import itertools
 from dataclasses import replace
 from functools import partial
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from vla_bench.models.features import BackboneSizes, Features
+from vla_bench.models.heads import flow
+from vla_bench.models.heads.flow import flow_loss
 from vla_bench.models.heads.flow_matching import FlowMatchingHead
 from vla_bench.models.heads.head import HeadSizes
 from vla_bench.models.heads.layerwise_flow import LayerwiseFlowMatchingHead
@@ -394,3 +397,131 @@ def test_both_modes_are_learnt():
         found = head.sample(features)
     assert 0.5 < (found < 0).float().mean() < 0.82
     assert (found.abs() < 0.4).float().mean() < 0.15
+
+
+# --- what GR00T N1.5 and N1.7 do otherwise ----------------------------------------------------------------------------
+
+
+def told(case, image: list[list[bool]]) -> Features:
+    """The features of a case, with the tokens that are an image's."""
+    return replace(case.features(), image=torch.tensor(image))
+
+
+IMAGE = [[False, True, True, False, False], [False, False, True, False, False]]
+TEXT = [[not each for each in row] for row in IMAGE]
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["training head", "inference head"])
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        ({"num_layers": 1, "attend_text_every_n_blocks": 2}, TEXT),
+        ({"num_layers": 3, "attend_text_every_n_blocks": 1}, TEXT),
+        ({"num_layers": 3, "attend_text_every_n_blocks": 2}, [[True] * L] * B),
+    ],
+    ids=["one block: the text", "text in every block", "text, then the images"],
+)
+def test_turns_decide_which_tokens_matter(flow_case, change, seen, inference):
+    case = flow_case("last")
+    head, features, noise = case.pair(**change)[inference], told(case, IMAGE), torch.randn(B, T, D)
+    before = head.sample(features, noise)
+    for b, i in itertools.product(range(B), range(L)):
+        after = head.sample(with_token(features, b, i), noise)
+        moved = bool((after[b] - before[b]).abs().max() > 1e-4)
+        assert moved == (bool(features.mask[b, i]) and seen[b][i]), (b, i)
+        torch.testing.assert_close(after[1 - b], before[1 - b], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["training head", "inference head"])
+@pytest.mark.parametrize(("mask_padding", "matters"), [(True, False), (False, True)])
+def test_padding_is_looked_at_where_it_is_asked_for(flow_case, mask_padding, matters, inference):
+    case = flow_case("last")
+    head = case.pair(mask_padding=mask_padding)[inference]
+    features, noise = case.features(), torch.randn(B, T, D)
+    moved = (head.sample(with_token(features, 1, 0), noise) - head.sample(features, noise)).abs().amax((1, 2))
+    assert (moved > 1e-4).tolist() == [False, matters]
+
+
+@pytest.mark.parametrize(("mask_vl_padding", "matters"), [(True, False), (False, True)])
+def test_padding_is_looked_at_by_the_refiner_alone(flow_case, mask_vl_padding, matters):
+    case = flow_case("last, refined")
+    head, features, noise = case.build(mask_vl_padding=mask_vl_padding), case.features(), torch.randn(B, T, D)
+    head.eval()
+    moved = (head.sample(with_token(features, 1, 0), noise) - head.sample(features, noise)).abs().amax((1, 2))
+    assert (moved > 1e-4).tolist() == [False, matters]
+    looks = head.attention(features, noise)
+    assert not looks[~features.mask].any()  # the blocks themselves do not
+
+
+def test_each_draw_of_a_batch_has_the_masks_of_its_own_sample(flow_case, chunks):
+    case = flow_case("last")
+    head, features = case.build(attend_text_every_n_blocks=2).eval(), told(case, IMAGE)
+    noise, time, (actions, is_pad) = torch.randn(3 * B, T, D), torch.rand(3 * B), chunks
+    together = head.loss(features, actions, is_pad, noise, time)["action_loss"]
+    head.repeats = 1
+    errors = []
+    for row in range(3 * B):
+        rows = slice(row % B, row % B + 1)
+        fields = {n: getattr(features, n)[rows] for n in ("hidden", "mask", "state", "image")}
+        alone = head.loss(
+            Features(**fields), actions[rows], is_pad[rows], noise[row : row + 1], time[row : row + 1]
+        )
+        errors.append(alone["action_loss"] * (~is_pad[rows]).sum())
+    torch.testing.assert_close(together, torch.stack(errors).sum() / (3 * (~is_pad).sum()))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_the_state_is_withheld_from_a_share_of_the_samples_in_training_alone(flow_case, share):
+    head, many = flow_case("last").build(state_dropout=share), 4000
+    features = Features(torch.zeros(many, 1, H), torch.ones(many, 1).bool(), state=torch.ones(many, S))
+    withheld = ~head.observation_tokens(features)[:, 0].any(-1)
+    assert abs(float(withheld.float().mean()) - share) < 0.03
+    assert head.eval().observation_tokens(features)[:, 0].any(-1).all()
+
+
+@pytest.mark.parametrize(("name", "sample"), [("n15", flow.sample_time_gr00t), ("n17", flow.sample_time_n17)])
+def test_training_times_are_those_that_were_asked_for(flow_case, chunks, name, sample, monkeypatch):
+    case, heard = flow_case("last"), []
+    head, features, given = case.build(time_sampling=name), case.features(), flow_loss
+    monkeypatch.setattr(
+        "vla_bench.models.heads.flow_matching.flow_loss", lambda *each: heard.append(each[3]) or given(*each)
+    )
+    torch.manual_seed(3)
+    head.loss(features, *chunks)
+    torch.manual_seed(3)
+    torch.randn(3 * B, T, D)  # the noise is drawn first
+    torch.testing.assert_close(heard[0], sample(3 * B))
+
+
+def test_the_refiner_has_its_own_dropout(flow_case):
+    head = flow_case("last, refined").build(vl_dropout=0.3)
+    assert {m.p for m in head.vl.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
+    assert {m.p for m in head.dit.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attend_text_every_n_blocks": 0}, "attend_text_every_n_blocks=0 must be at least 1"),
+        (
+            {"attend_text_every_n_blocks": 2, "interleave_self_attention": False},
+            "attend_text_every_n_blocks needs interleave_self_attention",
+        ),
+        ({"state_dropout": 1.0}, "state_dropout=1.0 must be at least 0 and below 1"),
+        ({"time_sampling": "n16"}, "unknown time_sampling 'n16'; did you mean 'n1"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(flow_case, change, message):
+    case = flow_case("last")
+    with pytest.raises(ValueError, match=message):
+        case.cls(case.sizes, **case.arguments | change)
+
+
+def test_turns_without_a_mask_of_images_are_refused(flow_case):
+    case = flow_case("last")
+    head = case.build(attend_text_every_n_blocks=2)
+    assert head.separates_images and not case.build().separates_images
+    with pytest.raises(
+        ValueError, match="do not say which tokens are an image's; .* framework.name to GR00T"
+    ):
+        head.sample(case.features())

@@ -374,3 +374,118 @@ def gr00t_actions(eagle: nn.Module, head: dict[str, Tensor], batch: dict) -> Ten
     with torch.no_grad():
         hidden = vl_self_attention(head, eagle(batch["inputs"]).hidden)
     return euler(gr00t_velocity, head, noise(), batch["state"], [hidden])
+
+
+# ---------------------------------------------------------------- GR00T N1.7
+
+N17_ROBOTS, N17_BLOCKS, N17_ROW = 12, 6, 7
+
+
+def masked_attend(w, name, x, context, heads, seen=None):
+    """`attend`, in which keys that are not `seen` [B, M] get no share."""
+    split = lambda y: y.reshape(*y.shape[:2], heads, -1).transpose(1, 2)
+    q = split(dense(w, f"{name}.to_q", x))
+    k, v = (split(dense(w, f"{name}.to_{n}", context)) for n in "kv")
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    if seen is not None:
+        scores = torch.where(seen[:, None, None, :], scores, -torch.inf)
+    return dense(w, f"{name}.to_out.0", (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2))
+
+
+def n17_velocity(w, x, bucket, state, hidden, valid, image, sizes=SIZES, every=2):
+    """N1.7's velocity for a batch [B, T, D], from the backbone's states as they are; `bucket` is a number per row."""
+    hidden = vl_self_attention(w, hidden)  # no mask, whatever is padding
+    rows = [flow_tokens_n17(w, x[i : i + 1], int(bucket[i]), state[i : i + 1], sizes) for i in range(len(x))]
+    tokens, timestep = (torch.cat(each) for each in zip(*rows))
+    for i in range(N17_BLOCKS):
+        name = f"model.transformer_blocks.{i}"
+        scale, shift = dense(w, f"{name}.norm1.linear", nn.functional.silu(timestep)).chunk(2, dim=-1)
+        y = norm(tokens, 1e-5) * (1 + scale[:, None]) + shift[:, None]
+        if i % 2 == 1:
+            y = masked_attend(w, f"{name}.attn1", y, y, sizes.heads)
+        else:
+            turn = ~image if i % (2 * every) == 0 else image
+            y = masked_attend(w, f"{name}.attn1", y, hidden, sizes.heads, turn & valid)
+        tokens = tokens + y
+        inner = dense(w, f"{name}.ff.net.0.proj", norm(tokens, 1e-5))
+        tokens = tokens + dense(w, f"{name}.ff.net.2", nn.functional.gelu(inner, approximate="tanh"))
+    shift, scale = dense(w, "model.proj_out_1", nn.functional.silu(timestep)).chunk(2, dim=-1)
+    tokens = dense(w, "model.proj_out_2", norm(tokens, 1e-6) * (1 + scale[:, None]) + shift[:, None])
+    return mlp(w, "action_decoder", tokens)[:, -x.shape[1] :]
+
+
+def flow_tokens_n17(w, x, bucket, state, sizes):
+    """State and noisy actions: no future tokens."""
+    none = {"future_tokens.weight": torch.empty(0, sizes.width)}
+    return flow_tokens(w | none, x, bucket, state, sizes)
+
+
+def n17_loss(w, actions, is_pad, noise, time, state, hidden, valid, image):
+    """The mean squared error of the velocity over steps that are no padding."""
+    t = time[:, None, None]
+    bucket = (time * 1000).long()
+    predicted = n17_velocity(w, (1 - t) * noise + t * actions, bucket, state, hidden, valid, image)
+    squares = (predicted - (actions - noise)) ** 2 * ~is_pad[..., None]
+    return squares.sum() / (~is_pad).sum() / actions.shape[-1]
+
+
+def n17_actions(w, x, state, hidden, valid, image, steps=4):
+    """Euler steps from noise x."""
+    for k in range(steps):
+        bucket = torch.full((len(x),), int(k / steps * 1000))
+        x = x + n17_velocity(w, x, bucket, state, hidden, valid, image) / steps
+    return x
+
+
+def n17_head_weights() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The head of robot `N17_ROW` alone, and the public head with encoders for every robot."""
+    shapes = flow_shapes(32, SIZES.inner, SIZES.inner, all_cross=False)
+    for i in range(2, N17_BLOCKS):
+        block = {n: s for n, s in shapes.items() if n.startswith(f"model.transformer_blocks.{i % 2}.")}
+        shapes |= {n.replace(f"blocks.{i % 2}.", f"blocks.{i}."): s for n, s in block.items()}
+    del shapes["future_tokens.weight"]
+    w = drawn(shapes, 3) | {n: t for n, t in gr00t_head_weights()[0].items() if n.startswith("vl")}
+    public = {}
+    for name, tensor in w.items():
+        if not name.startswith(("state_encoder", "action_encoder", "action_decoder")):
+            public[name] = tensor
+            continue
+        module, layer, end = name.split(".")
+        layer = layer.replace("layer", "W") if module == "action_encoder" else layer
+        inputs_first = tensor.T if tensor.ndim == 2 else tensor
+        stacked = torch.randn(N17_ROBOTS, *inputs_first.shape)
+        stacked[N17_ROW] = inputs_first
+        public[f"{module}.{layer}.{'W' if end == 'weight' else 'b'}"] = stacked
+    return w, {f"action_head.{name}": tensor for name, tensor in public.items()}
+
+
+N17_CONFIG = {
+    "model_type": "Gr00tN1d7",
+    "action_horizon": T,
+    "max_action_dim": D,
+    "max_state_dim": S,
+    "hidden_size": SIZES.inner,
+    "input_embedding_dim": SIZES.width,
+    "max_seq_len": SIZES.rows,
+    "num_inference_timesteps": 4,
+    "attend_text_every_n_blocks": 2,
+    "state_history_length": 1,
+    "state_dropout_prob": 0.2,
+    "use_alternate_vl_dit": True,
+    "use_vlln": True,
+    "add_pos_embed": True,
+    "diffusion_model_cfg": {
+        "num_layers": N17_BLOCKS,
+        "num_attention_heads": SIZES.heads,
+        "output_dim": SIZES.inner,
+    }
+    | {"interleave_self_attention": True, "positional_embeddings": None, "norm_type": "ada_norm"}
+    | {"dropout": 0.2, "final_dropout": True, "attention_head_dim": SIZES.width // SIZES.heads},
+    "vl_self_attention_cfg": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "dropout": 0.1,
+    }
+    | {"final_dropout": True, "positional_embeddings": None},
+}

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +21,11 @@ from transformers import LlamaForCausalLM
 
 from vla_bench.config import Config, ConfigError, load_config
 from vla_bench.data.normalize import load_statistics
+from vla_bench.models.backbones.tiny import write_tiny
 from vla_bench.models.backbones.tiny_composed import write_tiny_component
+from vla_bench.models.features import Features
 from vla_bench.models.frameworks.framework import Framework
+from vla_bench.models.heads.flow_inference import FlowMatchingInferenceHead
 from vla_bench.models.interop.checkpoint_formats import CHECKPOINT_FORMATS
 from vla_bench.models.interop.convert import convert, policy_settings
 from vla_bench.models.interop.weights import LoadReport
@@ -190,6 +194,43 @@ def gr00t_n15(published, vlms, home) -> Converted:
     return Converted(published, home / "run", report, head, eagle)
 
 
+def gr00t_n17(published, vlms, home, prefix: str) -> Converted:
+    """As NVIDIA publishes it, with its configuration; and as LeRobot saves it, whose configuration says less."""
+    model, weights = published.hf_weights(vlms["qwen3_vl"])
+    head, public = published.n17_head_weights()
+    tensors = {
+        f"backbone.model.{name}": t for name, t in weights.items() if name != "lm_head.weight"
+    } | public
+    save_file({f"{prefix}{name}": t.clone() for name, t in tensors.items()}, home / "model.safetensors")
+    action_model = {"num_heads": published.SIZES.heads, "num_vl_heads": 2}
+    framework = {
+        "vlm": {"base_vlm": str(vlms["qwen3_vl"])},
+        "action_horizon": T,
+        "action_model": action_model,
+    }
+    corrections = ()
+    if not prefix:
+        (home / "config.json").write_text(json.dumps(published.N17_CONFIG))
+        (home / "embodiment_id.json").write_text(json.dumps({"new_embodiment": published.N17_ROW}))
+        del framework["action_horizon"]
+    else:
+        lerobot = {
+            "type": "groot",
+            "model_version": "n1.7",
+            "chunk_size": 16,
+            "embodiment_tag": "new_embodiment",
+        }
+        lerobot |= {"normalization_mapping": {"ACTION": "MEAN_STD", "STATE": "MEAN_STD"}}
+        (home / "config.json").write_text(json.dumps(lerobot))
+        corrections = (f"embodiment_row={published.N17_ROW}",)
+    statistics = {"new": {"action": published.column(D), "state": published.column(S)}}
+    (home / "statistics.json").write_text(json.dumps(statistics))
+    policy = published.policy_section(statistics=str(home / "statistics.json"))
+    config = {"framework": framework, "policy": policy}
+    report = convert("gr00t_n17", home / "model.safetensors", config, home / "run", corrections)
+    return Converted(published, home / "run", report, head, model)
+
+
 def timm_shapes(
     published, prefix: str, width: int, inner: int, depth: int, patches: int, registers: int
 ) -> dict:
@@ -295,8 +336,11 @@ CASES: dict[str, tuple[Callable[..., Converted], tuple, int | None]] = {  # and 
     "openpi_pi0-lerobot": (openpi, ("openpi_pi0", "model."), 2),
     "openpi_pi05-lerobot": (openpi, ("openpi_pi05", "model."), 2),
     "gr00t_n15": (gr00t_n15, (), None),
+    "gr00t_n17": (gr00t_n17, ("",), 0),
+    "gr00t_n17-lerobot": (gr00t_n17, ("_groot_model.",), 0),
     "openvla": (openvla, (), None),
 }
+N17 = [case for case in CASES if case.startswith("gr00t_n17")]
 OPENPI = [case for case in CASES if case.startswith("openpi")]
 
 
@@ -510,6 +554,138 @@ def test_gr00t_n15_computes_the_same(converted, published):
     assert (made.actions(published.noise()) - expected).abs().max() < 1e-5
 
 
+def test_gr00t_n15_looks_at_padding_as_its_original_does(converted, published):
+    """Two prompts of unequal length in one batch: neither the refiner nor the transformer masks the padding."""
+    made = converted("gr00t_n15")
+    framework, w = made.framework, made.weights
+    hidden, valid, _ = ragged(published)
+    head, state, noise = framework.action_model, torch.randn(2, S), torch.randn(2, T, D)
+    with torch.no_grad():
+        found = head.sample(Features(hidden, valid, state=state), noise)
+        expected = published.euler(
+            published.gr00t_velocity, w, noise, state, [published.vl_self_attention(w, hidden)]
+        )
+    assert (found - expected).abs().max() < 1e-5
+    head.mask_padding = head.mask_vl_padding = True  # ours
+    with torch.no_grad():
+        masked = head.sample(Features(hidden, valid, state=state), noise)
+    assert (masked[1] - expected[1]).abs().max() < 1e-5 < (masked[0] - expected[0]).abs().max()
+
+
+def ragged(published) -> tuple[Tensor, Tensor, Tensor]:
+    """States of two prompts, the first padded on the left; which tokens are valid, and which an image's."""
+    hidden = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(9))
+    valid = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9]).bool()
+    image = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 0, 0, 0, 0]]).bool()
+    return hidden, valid, image
+
+
+@pytest.mark.parametrize("case", N17)
+def test_gr00t_n17_has_the_velocity_and_the_loss_of_its_equations(converted, published, case):
+    made = converted(case)
+    head, (hidden, valid, image) = made.framework.action_model.eval(), ragged(published)
+    state, actions, noise = torch.randn(2, S), torch.randn(2, T, D), torch.randn(2, T, D)
+    is_pad, time = torch.tensor([[False] * T, [False] * 2 + [True] * (T - 2)]), torch.tensor([0.31, 0.9])
+    features = Features(hidden, valid, state=state, image=image)
+    given = (made.weights, actions, is_pad, noise, time, state, hidden, valid, image)
+    with torch.no_grad():
+        found = head.loss(features, actions, is_pad, noise, time)["action_loss"]
+        velocity, _ = head.velocity(actions, time, head.encode_context(features))
+        bucket = (time * 1000).long()
+        expected = published.n17_velocity(made.weights, actions, bucket, state, hidden, valid, image)
+    assert (velocity - expected).abs().max() < 1e-5
+    assert abs(found - published.n17_loss(*given)) < 1e-5
+
+
+@pytest.mark.parametrize("case", N17)
+def test_gr00t_n17_samples_as_its_equations_do(converted, published, case):
+    made = converted(case)
+    head, (hidden, valid, image) = made.framework.action_model.eval(), ragged(published)
+    state, noise = torch.randn(2, S), torch.randn(2, T, D)
+    with torch.no_grad():
+        found = head.sample(Features(hidden, valid, state=state, image=image), noise)
+    expected = published.n17_actions(made.weights, noise, state, hidden, valid, image)
+    assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "what", ["turns", "a turn's order", "padding of the refiner", "padding of the blocks"]
+)
+def test_gr00t_n17_is_not_the_same_without_one_of_its_differences(converted, published, what):
+    """The equations tell apart what they shall tell apart."""
+    made = converted("gr00t_n17")
+    head, (hidden, valid, image) = made.framework.action_model.eval(), ragged(published)
+    state, noise = torch.randn(2, S), torch.randn(2, T, D)
+    expected = published.n17_actions(made.weights, noise, state, hidden, valid, image)
+    change = {"turns": ("text_every", None), "a turn's order": ("text_every", 1)}
+    change |= {
+        "padding of the refiner": ("mask_vl_padding", True),
+        "padding of the blocks": ("mask_padding", False),
+    }
+    name, other = change[what]
+    kept = getattr(head, name)
+    setattr(head, name, other)
+    try:
+        with torch.no_grad():
+            found = head.sample(Features(hidden, valid, state=state, image=image), noise)
+    finally:
+        setattr(head, name, kept)
+    assert (found - expected).abs().max() > 1e-3
+
+
+def test_gr00t_n17_looks_at_the_states_before_the_final_norm_and_knows_its_images(converted, published):
+    made, noise = converted("gr00t_n17"), published.noise()
+    inputs, ids = made.batch["inputs"], made.batch["inputs"]["input_ids"]
+    image = ids == made.framework.vlm.config.image_token_id
+    assert 0 < image.sum() < image.numel()
+    valid, state = inputs["attention_mask"].bool(), made.batch["state"]
+    expected = published.n17_actions(made.weights, noise, state, made.states()[-1], valid, image)
+    assert (made.actions(noise) - expected).abs().max() < 1e-5
+    assert (expected - noise).abs().max() > 0.1
+
+
+def test_gr00t_n17_samples_the_same_with_the_inference_head(converted, published):
+    made = converted("gr00t_n17")
+    head, (hidden, valid, image) = made.framework.action_model.eval(), ragged(published)
+    arguments = {k: v for k, v in made.framework.config["action_model"].items() if k != "type"}
+    faster = FlowMatchingInferenceHead(head.sizes, **arguments).eval()
+    faster.load_state_dict(head.state_dict())
+    features = Features(hidden, valid, state=torch.randn(2, S), image=image)
+    noise = torch.randn(2, T, D)
+    with torch.no_grad():
+        torch.testing.assert_close(faster.sample(features, noise), head.sample(features, noise))
+
+
+def test_gr00t_n17_is_told_the_robots_row_and_says_what_it_assumed(converted, published):
+    nvidia, lerobot = (converted(case).report.assumed for case in N17)
+    assert (
+        f"row {published.N17_ROW} of the robots' encoders is new_embodiment, from embodiment_id.json"
+        in nvidia
+    )
+    assert not any("robots' encoders" in sentence for sentence in lerobot)  # it was said with --set
+    assert any("formalize_language" in sentence for sentence in nvidia)
+    assert not any("does not know" in sentence for sentence in (*nvidia, *lerobot))
+
+
+def test_gr00t_n17_with_a_longer_backbone_says_how_many_layers_to_write(converted, published, vlms, tmp_path):
+    longer = write_tiny("qwen3_vl", tmp_path / "longer", image_size=32, hidden_size=32, num_layers=3)
+    made = converted("gr00t_n17")
+    framework = {"vlm": {"base_vlm": str(longer)}}
+    statistics = made.run.parent / "statistics.json"
+    config = {"framework": framework, "policy": published.policy_section(statistics=str(statistics))}
+    with pytest.raises(ConfigError, match="has 3 layers, the checkpoint 2 .* set num_hidden_layers to 2"):
+        convert("gr00t_n17", made.run.parent / "model.safetensors", config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("given", "right"), [("gr00t_n15", "gr00t_n17"), ("gr00t_n17", "gr00t_n15")])
+def test_one_gr00t_given_as_the_other_is_recognised(converted, published, tmp_path, given, right):
+    source = converted(right).run.parent / "model.safetensors"
+    shutil.copy(source, tmp_path / "model.safetensors")
+    config = {"framework": {"vlm": {"base_vlm": "x"}}, "policy": published.policy_section()}
+    with pytest.raises(ConfigError, match=f"use --format {right}"):
+        convert(given, tmp_path / "model.safetensors", config, tmp_path / "run")
+
+
 def test_openvla_leaves_out_what_is_behind_its_features(converted):
     ignored = converted("openvla").report.ignored
     assert ignored
@@ -595,8 +771,8 @@ def test_the_example_of_a_format_converts(published, vlms, tmp_path, monkeypatch
     case = next(case for case in CASES if case == name or case.startswith(f"{name}-"))
     write, options, _ = CASES[case]
     plain = convert
-    with_example = lambda format_name, source, config, out: plain(
-        format_name, source, tiny(name, config), out
+    with_example = lambda format_name, source, config, out, corrections=(): plain(
+        format_name, source, tiny(name, config), out, corrections
     )
     monkeypatch.setitem(globals(), "convert", with_example)
     made = write(published, vlms, tmp_path, *options)

@@ -7,8 +7,19 @@ import pytest
 import torch
 
 from vla_bench.config import ConfigError, load_config
-from vla_bench.models.interop.checkpoint_formats import CHECKPOINT_FORMATS, ConfigKey, value_at
-from vla_bench.models.interop.convert import check_policy, correct, original_settings, policy_settings
+from vla_bench.models.interop.checkpoint_formats import (
+    CHECKPOINT_FORMATS,
+    ConfigKey,
+    table_of_keys,
+    value_at,
+)
+from vla_bench.models.interop.convert import (
+    check_policy,
+    correct,
+    original_settings,
+    policy_settings,
+    silences,
+)
 
 ALL = [(name, key) for name, chosen in CHECKPOINT_FORMATS.items() for key in chosen.keys]
 READ = [(name, key) for name, key in ALL if key.ours and not key.ours.startswith("policy.")]
@@ -220,6 +231,30 @@ PUBLISHED = {
         | {"input_embedding_dim": 1536, "max_state_dim": 64, "use_vlln": True, "model_dtype": "float32"}
         | {"vl_self_attention_cfg": {"attention_head_dim": 64, "num_attention_heads": 32, "num_layers": 4}},
     },
+    "gr00t_n17": {
+        "model_type": "Gr00tN1d7",
+        "architectures": ["Gr00tN1d7"],
+        "model_name": "nvidia/Cosmos-Reason2-2B",
+        "action_horizon": 40,
+        "max_action_dim": 132,
+        "max_state_dim": 132,
+        "hidden_size": 1024,
+        "input_embedding_dim": 1536,
+        "max_seq_len": 1024,
+        "select_layer": 16,
+        "state_history_length": 1,
+        "state_dropout_prob": 0.2,
+        "attend_text_every_n_blocks": 2,
+        "use_alternate_vl_dit": True,
+        "use_vlln": True,
+        "add_pos_embed": True,
+        "num_inference_timesteps": 4,
+        "formalize_language": True,
+        "diffusion_model_cfg": {k: v for k, v in DIT.items() if k != "cross_attention_dim"}
+        | {"num_layers": 32},
+        "vl_self_attention_cfg": {"attention_head_dim": 64, "num_attention_heads": 32, "num_layers": 4}
+        | {"dropout": 0.2, "final_dropout": True, "positional_embeddings": None},
+    },
     "starvla_gr00t": {
         "framework": {
             "name": "QwenGR00T",
@@ -239,6 +274,15 @@ SAID = {  # what they say in our words, as far as it decides the sizes
         "action_model.num_heads": 32,
         "action_model.num_vl_heads": 32,
         "max_state_dim": 64,
+    },
+    "gr00t_n17": {
+        "action_horizon": 40,
+        "max_action_dim": 132,
+        "action_model.hidden_size": 1536,
+        "action_model.num_layers": 32,
+        "action_model.attend_text_every_n_blocks": 2,
+        "action_model.state_dropout": 0.2,
+        "action_model.vl_dropout": 0.2,
     },
     "starvla_gr00t": {"action_horizon": 8, "action_model.hidden_size": 1536, "action_model.num_heads": 32},
 }
@@ -260,3 +304,145 @@ def test_the_configuration_of_a_newer_gr00t_is_refused():
     newer = {"model_type": "Gr00tN1d7", "use_alternate_vl_dit": True}
     with pytest.raises(ConfigError, match="model_type is 'Gr00tN1d7'"):
         original_settings(CHECKPOINT_FORMATS["gr00t_n15"], newer)
+
+
+# ---------------------------------------------------------------- every key that an original reads
+
+DIT_ARGUMENTS = """num_attention_heads attention_head_dim output_dim num_layers dropout attention_bias activation_fn
+    num_embeds_ada_norm upcast_attention norm_type norm_elementwise_affine norm_eps max_num_positional_embeddings
+    compute_dtype final_dropout positional_embeddings interleave_self_attention cross_attention_dim"""
+VL_ARGUMENTS = """num_attention_heads attention_head_dim output_dim num_layers dropout attention_bias activation_fn
+    num_embeds_ada_norm upcast_attention max_num_positional_embeddings compute_dtype final_dropout positional_embeddings
+    interleave_self_attention"""
+FLOW_ARGUMENTS = """add_pos_embed model_dtype input_embedding_dim backbone_embedding_dim hidden_size max_seq_len
+    action_dim action_horizon noise_beta_alpha noise_beta_beta noise_s num_timestep_buckets num_inference_timesteps
+    max_num_embodiments tune_projector tune_diffusion_model load_pretrained_det_decode_layer_path detection_coeff
+    freeze_decode_layer expand_batch use_vlln num_target_vision_tokens max_state_dim"""
+LEROBOT_ARGUMENTS = """type n_obs_steps chunk_size n_action_steps normalization_mapping input_features output_features
+    max_state_dim max_action_dim empty_cameras adapt_to_pi_aloha use_delta_joint_actions_aloha tokenizer_max_length
+    optimizer_lr optimizer_betas optimizer_eps optimizer_weight_decay scheduler_warmup_steps scheduler_decay_steps
+    scheduler_decay_lr device use_amp push_to_hub repo_id private tags license"""
+PI0_ARGUMENTS = """resize_imgs_with_padding proj_width num_steps use_cache attention_implementation
+    freeze_vision_encoder train_expert_only train_state_proj"""
+PI05_ARGUMENTS = """paligemma_variant action_expert_variant dtype num_inference_steps time_sampling_beta_alpha
+    time_sampling_beta_beta time_sampling_scale time_sampling_offset min_period max_period image_resolution
+    gradient_checkpointing compile_model compile_mode optimizer_grad_clip_norm rtc_config"""
+OPENPI_ARGUMENTS = (
+    "dtype paligemma_variant action_expert_variant action_dim action_horizon max_token_len pi05"
+)
+N17_ARGUMENTS = """model_type model_dtype model_name backbone_model_type model_revision tune_top_llm_layers
+    backbone_embedding_dim tune_llm tune_visual select_layer reproject_vision use_flash_attention load_bf16
+    backbone_trainable_params_fp32 image_crop_size image_target_size shortest_image_edge crop_fraction
+    random_rotation_angle color_jitter_params use_albumentations_transforms letter_box_transform
+    extra_augmentation_config formalize_language apply_sincos_state_encoding use_percentiles use_relative_action
+    max_state_dim max_action_dim action_horizon strict_action_padding_mask hidden_size input_embedding_dim
+    state_history_length add_pos_embed attn_dropout use_vlln max_seq_len use_alternate_vl_dit attend_text_every_n_blocks
+    num_inference_timesteps noise_beta_alpha noise_beta_beta noise_s num_timestep_buckets tune_projector
+    tune_diffusion_model tune_vlln state_dropout_prob exclude_state use_mean_std max_num_embodiments rtc_ramp_rate"""
+GROOT_ARGUMENTS = """n_obs_steps chunk_size n_action_steps max_state_dim max_action_dim normalization_mapping
+    image_size model_version base_model_path n1_7_backbone_model action_decode_transform embodiment_tag tune_llm
+    tune_visual tune_projector tune_diffusion_model lora_rank lora_alpha lora_dropout lora_full_model optimizer_lr
+    optimizer_betas optimizer_eps optimizer_weight_decay warmup_ratio use_bf16 video_backend balance_dataset_weights
+    balance_trajectory_weights dataset_paths output_dir save_steps max_steps batch_size dataloader_num_workers report_to
+    resume device use_amp push_to_hub repo_id private tags license input_features output_features type"""
+OPENVLA_ARGUMENTS = """model_type arch_specifier auto_map hf_llm_id image_resize_strategy image_sizes llm_backbone_id
+    llm_max_length n_action_bins norm_stats output_projector_states pad_to_multiple_of pad_token_id text_config
+    timm_model_ids timm_override_act_layers torch_dtype transformers_version use_fused_vision_backbone vision_backbone_id"""
+STARVLA_ARGUMENTS = """action_model_type hidden_size add_pos_embed max_seq_len action_dim state_dim
+    future_action_window_size action_horizon past_action_window_size repeated_diffusion_steps noise_beta_alpha
+    noise_beta_beta noise_s num_timestep_buckets num_inference_timesteps num_target_vision_tokens"""
+STARVLA_HEAD = "framework.action_model"
+STARVLA_SECTIONS = {STARVLA_HEAD: STARVLA_ARGUMENTS, f"{STARVLA_HEAD}.diffusion_model_cfg": DIT_ARGUMENTS}
+READ_BY_THE_ORIGINAL = {  # per format: the section, and every argument that its code reads there
+    "openpi_pi0": {"": f"{LEROBOT_ARGUMENTS} {PI0_ARGUMENTS} {OPENPI_ARGUMENTS} discrete_state_input"},
+    "openpi_pi05": {"": f"{LEROBOT_ARGUMENTS} {PI05_ARGUMENTS} {OPENPI_ARGUMENTS} discrete_state_input"},
+    "openvla": {"": OPENVLA_ARGUMENTS},
+    "gr00t_n15": {
+        "": "action_dim action_horizon hidden_size compute_dtype model_type architectures torch_dtype",
+        "action_head_cfg": FLOW_ARGUMENTS,
+        "action_head_cfg.diffusion_model_cfg": DIT_ARGUMENTS,
+        "action_head_cfg.vl_self_attention_cfg": VL_ARGUMENTS,
+        "backbone_cfg": """tune_llm tune_visual select_layer reproject_vision use_flash_attention load_bf16 eagle_path
+            project_to_dim""",
+    },
+    "gr00t_n17": {
+        "": N17_ARGUMENTS,
+        "diffusion_model_cfg": DIT_ARGUMENTS,
+        "vl_self_attention_cfg": VL_ARGUMENTS,
+    },
+    "starvla_gr00t": STARVLA_SECTIONS,
+    "starvla_pi": STARVLA_SECTIONS,
+}
+EVERY = [
+    (name, f"{place}.{key}".lstrip("."))
+    for name, sections in READ_BY_THE_ORIGINAL.items()
+    for place, keys in sections.items()
+    for key in keys.split()
+]
+
+
+def test_every_format_with_a_closed_configuration_has_its_list_here():
+    assert {name for name, chosen in CHECKPOINT_FORMATS.items() if chosen.closed} == set(READ_BY_THE_ORIGINAL)
+
+
+@pytest.mark.parametrize("format_name", READ_BY_THE_ORIGINAL)
+def test_every_key_that_the_original_reads_is_read_refused_or_harmless_for_a_reason(format_name):
+    chosen = CHECKPOINT_FORMATS[format_name]
+    named = {key.name for key in chosen.keys} | chosen.harmless.keys()
+    assert not [name for each, name in EVERY if each == format_name and name not in named]
+    assert all(chosen.harmless.values())
+
+
+@pytest.mark.parametrize("format_name", CHECKPOINT_FORMATS)
+def test_the_page_shows_every_key_once(format_name):
+    chosen, lines = CHECKPOINT_FORMATS[format_name], table_of_keys(format_name).splitlines()[2:]
+    shown = [line.split("`")[1] for line in lines]
+    assert sorted(shown) == sorted({key.name for key in chosen.keys} | chosen.harmless.keys())
+
+
+def test_a_key_that_no_list_has_is_reported():
+    (said,) = silences(CHECKPOINT_FORMATS["openpi_pi05"], {"type": "pi05", "twist": 3, "device": "cuda"})
+    assert said == "the checkpoint's config.json has keys that this version does not know: twist"
+
+
+SILENT = [(name, key) for name, key in ALL if key.absent is not None]
+
+
+def test_silence_means_positions_in_every_transformer_of_the_diffusers_kind():
+    found = {(name, key.name) for name, key in SILENT}
+    assert {
+        (name, f"{place}.positional_embeddings")
+        for name, sections in READ_BY_THE_ORIGINAL.items()
+        for place, keys in sections.items()
+        if "positional_embeddings" in keys.split()
+    } <= found
+
+
+@pytest.mark.parametrize(("format_name", "key"), SILENT, ids=ids)
+def test_silence_that_means_another_network_is_not_passed_over(format_name, key):
+    chosen, section = CHECKPOINT_FORMATS[format_name], key.name.rpartition(".")[0]
+    other = "dropout" if key.name.rpartition(".")[2] != "dropout" else "num_layers"
+    others = {k.name: k.default for n, k in SILENT if n == format_name and k.name != key.name}
+    theirs = put({}, f"{section}.{other}", 0.2)
+    for name, value in others.items():
+        theirs = put(theirs, name, value)
+    if chosen.original:
+        assert any(key.name in said for said in silences(chosen, theirs))
+    else:
+        with pytest.raises(
+            ConfigError, match=rf"{key.name} is missing, where the original takes .*--set {key.name}="
+        ):
+            silences(chosen, theirs)
+    assert not silences(chosen, put(theirs, key.name, key.default))
+
+
+@pytest.mark.parametrize(("value", "prompt"), [(True, None), (None, None), (False, "{lang}\n")])
+def test_a_pi05_without_the_state_in_its_prompt_has_the_prompt_of_pi0(value, prompt):
+    chosen = CHECKPOINT_FORMATS["openpi_pi05"]
+    assert original_settings(chosen, {"discrete_state_input": value}).get("prompt") == prompt
+    assert bool(chosen.unused({"discrete_state_input": value})) == (value is False)
+
+
+def test_a_pi05_whose_answer_is_none_is_refused():
+    with pytest.raises(ConfigError, match="discrete_state_input is 'no', expected true or false"):
+        original_settings(CHECKPOINT_FORMATS["openpi_pi05"], {"discrete_state_input": "no"})

@@ -1,5 +1,6 @@
 """The conversion of a checkpoint to a run folder: all or nothing, with every fault on one line."""
 
+import hashlib
 import json
 import shutil
 
@@ -10,8 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from vla_bench.config import ConfigError
 from vla_bench.data.normalize import Normalizer, load_statistics, save_statistics
+from vla_bench.files import read_manifest
 from vla_bench.models.interop.checkpoint_formats import CHECKPOINT_FORMATS
 from vla_bench.models.interop.convert import PolicySettings, convert, converted_spec, main
+from vla_bench.serving.policy import Policy
+from vla_bench.serving.policy import main as serve
 
 EXPERT = "paligemma_with_expert.gemma_expert"
 
@@ -200,6 +204,30 @@ def test_the_prompt_of_a_pi05_is_taken_on_trust(openpi, tmp_path):
     assert any("discrete_state_input" in said for said in report.assumed) == (format_name == "openpi_pi05")
 
 
+def test_a_pi05_without_a_state_is_converted_without_one(openpi, published, tmp_path):
+    format_name, source, config = openpi
+    if format_name == "openpi_pi0":
+        pytest.skip("its state is no part of the prompt")
+    (source / "config.json").write_text(json.dumps({"discrete_state_input": False}))
+    try:
+        with pytest.raises(
+            ConfigError, match="policy.state: this run was trained without a state .* leave it out"
+        ):
+            convert(format_name, source, config, tmp_path / "run")
+        config = {**config, "policy": published.policy_section(False)}
+        report = convert(format_name, source, config, tmp_path / "run")
+    finally:
+        (source / "config.json").unlink()
+    assert not any("discrete_state_input" in said for said in report.assumed)
+    policy = Policy.from_pretrained(tmp_path / "run")
+    assert policy.spec.state is None and policy.framework.prepare.prompt == "{lang}\n"
+    batch = policy.framework.prepare([published.example(state=False)])
+    pieces = policy.framework.vlm.prepare.processor.tokenizer.convert_ids_to_tokens(
+        batch["inputs"]["input_ids"][0]
+    )
+    assert pieces[-1] in ("\n", "<0x0A>", "Ċ"), pieces[-3:]
+
+
 def test_weights_of_the_other_pi_are_recognised(openpi, tmp_path):
     format_name, source, config = openpi
     other = {"openpi_pi0": "openpi_pi05", "openpi_pi05": "openpi_pi0"}[format_name]
@@ -238,3 +266,140 @@ def test_a_correction_is_given_on_the_command_line(oft, tmp_path, capsys):
     main([*words, "--out", str(tmp_path / "run"), "--set", "action_horizon=3"])
     assert "action_horizon 3, from the checkpoint's config.yaml" in capsys.readouterr().out
     assert json.loads((tmp_path / "run/conversion.json").read_text())["corrections"] == ["action_horizon=3"]
+
+
+# ---------------------------------------------------------------- the manifest, and sources that are damaged
+
+
+@pytest.fixture(scope="module")
+def written(oft, tmp_path_factory):
+    """A run that was converted."""
+    run = tmp_path_factory.mktemp("written") / "run"
+    convert("starvla_oft", *oft, run)
+    return run
+
+
+STEP = "checkpoints/step_000000"
+
+
+def test_every_file_of_the_checkpoint_is_in_its_manifest(written):
+    folder, listed = written / STEP, read_manifest(written / STEP)
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    assert listed.keys() == files.keys() - {"manifest.json"} and "policy.json" in listed
+    for name, entry in listed.items():
+        assert entry["size"] == files[name].stat().st_size
+        assert entry["sha256"] == hashlib.sha256(files[name].read_bytes()).hexdigest()
+
+
+def test_a_converted_policy_is_verified(written, capsys):
+    serve([str(written), "--verify"])
+    assert "fingerprint" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "policy.json", "framework.json", "vlm/config.json"])
+def test_a_flipped_bit_of_a_converted_policy_is_noticed(written, tmp_path, capsys, name):
+    run = shutil.copytree(written, tmp_path / "run")
+    content = bytearray((run / STEP / name).read_bytes())
+    content[-2] ^= 1
+    (run / STEP / name).write_bytes(content)
+    with pytest.raises(SystemExit):
+        serve([str(run), "--verify"])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{name} has other content than when it was saved" in error
+
+
+def rewritten(change):
+    """A damage that changes some of the tensors."""
+
+    def damage(folder):
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
+
+    return damage
+
+
+def in_shards(gone: bool = False, untold: bool = False):
+    def damage(folder):
+        weights = sorted(load_file(folder / "model.safetensors").items())
+        halves = [dict(weights[::2]), dict(weights[1::2])]
+        names = [f"model-{i}-of-2.safetensors" for i in (1, 2)]
+        for name, half in zip(names, halves):
+            save_file(half, folder / name)
+        listed = {key: name for name, half in zip(names, halves) for key in half}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+        (folder / "model.safetensors").unlink()
+        if gone:
+            (folder / names[1]).unlink()
+        if untold:
+            (folder / "model.safetensors.index.json").write_text("{}")
+
+    return damage
+
+
+def text_in(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def cut(part: float):
+    def damage(folder):
+        content = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(content[: int(part * len(content))])
+
+    return damage
+
+
+def first(weights, value):
+    next(iter(weights.values())).view(-1)[-1] = value
+
+
+DAMAGES = {  # what was done, and what the one line says
+    "cut in its tensors": (cut(0.7), "model.safetensors is damaged: it "),
+    "cut in its header": (cut(0.001), "model.safetensors is damaged: it "),
+    "empty": (cut(0), "model.safetensors is damaged: it is empty"),
+    "a text": (text_in("model.safetensors", "<html>not found</html>"), "model.safetensors is damaged: it "),
+    "a pointer": (
+        text_in("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
+        "is a git-lfs pointer",
+    ),
+    "NaN": (rewritten(lambda weights: first(weights, float("nan"))), "hold NaN or infinity"),
+    "infinity": (rewritten(lambda weights: first(weights, float("-inf"))), "hold NaN or infinity"),
+    "a missing shard": (in_shards(gone=True), "not there: model-2-of-2.safetensors"),
+    "an index that says nothing": (in_shards(untold=True), "has no weight_map"),
+    "a configuration that is no JSON": (text_in("config.json", "{'type': 'pi0'"), "config.json is not JSON"),
+    "a configuration that is a list": (text_in("config.json", "[1]"), "config.json holds a list"),
+    "an empty configuration": (text_in("config.json", ""), "config.json is not JSON"),
+    "statistics that are no JSON": (text_in("norm_stats.json", "{"), "norm_stats.json is not JSON"),
+    "no weights at all": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_source_is_one_line_and_leaves_no_folder(openpi, tmp_path, capsys, name):
+    format_name, source, config = openpi
+    damage, said = DAMAGES[name]
+    damaged = shutil.copytree(source, tmp_path / "theirs")
+    damage(damaged)
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "ours.yaml")
+    words = ["--format", format_name, damaged, "--config", tmp_path / "ours.yaml"]
+    error = stopped(capsys, [*words, "--out", tmp_path / "out/run"])
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error, error
+    assert str(tmp_path) in error  # it names the file
+    assert not list((tmp_path / "out").rglob("*") if (tmp_path / "out").exists() else [])
+
+
+def test_whole_shards_are_converted(openpi, tmp_path):
+    format_name, source, config = openpi
+    folder = shutil.copytree(source, tmp_path / "theirs")
+    in_shards()(folder)
+    assert convert(format_name, folder, config, tmp_path / "run").complete
+
+
+def test_an_error_while_the_run_is_written_leaves_no_folder(oft, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vla_bench.models.interop.convert.write_manifest", full)
+    with pytest.raises(OSError):
+        convert("starvla_oft", *oft, tmp_path / "out/run")
+    assert not list((tmp_path / "out").iterdir())

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import transformers
 from torch import nn
-from transformers import AutoImageProcessor, ProcessorMixin
+from transformers import ProcessorMixin
 
 from .image_tokens import SquareVLM
 from .processor import load_processor, model_type
@@ -43,11 +43,9 @@ class Idefics3(SquareVLM):
     @classmethod
     def load_processor(cls, path: str | Path) -> ProcessorMixin:
         """The checkpoint's processor for images, one tile each; needs no `num2words`."""
-        if model_type(path) == "smolvlm":
-            processor = transformers.Idefics3Processor.from_pretrained(path)
-            processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-        else:
-            processor = load_processor(path)
+        processor = load_processor(
+            path, transformers.Idefics3Processor if model_type(path) == "smolvlm" else None
+        )
         images = processor.image_processor
         images.do_image_splitting, images.size = False, images.max_image_size
         return processor

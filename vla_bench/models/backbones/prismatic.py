@@ -29,18 +29,18 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     Cache,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import cached_file
 
+from .checkpoint_files import explained, read_object
 from .component_loading import check_one_way
+from .hub import checkpoint_folder
 from .image_tokens import place_images
-from .llm import PROMPT
+from .llm import PROMPT, load_tokenizer
 from .vision import Pixels
 from .vlm import VLM, VLMPrepare
 from ...registry import BACKBONES, LLM_BACKBONES, PROJECTORS, VISION_BACKBONES, Registry
@@ -125,13 +125,14 @@ class PrismaticProcessor:
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "PrismaticProcessor":
         """The processor that `save_pretrained` wrote. Raises `FileNotFoundError` where there is none."""
-        file = cached_file(path, cls.FILE, _raise_exceptions_for_missing_entries=False)
-        if file is None:
+        folder = checkpoint_folder(path, ("configuration", "tokenizer", "image processor"))
+        if not (folder / cls.FILE).is_file():
             raise FileNotFoundError(f"{path} holds no {cls.FILE}, so it is no composed backbone")
-        own = json.loads(Path(file).read_text(encoding="utf-8"))
-        saved, pixels = own.pop("template"), Pixels(**own.pop("pixels"))
-        template = PromptTemplate(saved["prompt"], saved["picture"])
-        return cls(AutoTokenizer.from_pretrained(path), pixels, template=template, **own)
+        own, tokenizer = read_object(folder / cls.FILE), load_tokenizer(folder)
+        with explained(folder, "the processor", cls.FILE):
+            saved, pixels = own.pop("template"), Pixels(**own.pop("pixels"))
+            template = PromptTemplate(saved["prompt"], saved["picture"])
+            return cls(tokenizer, pixels, template=template, **own)
 
 # %% ../../../nbs/models/backbones/44_prismatic.ipynb #bc9489f9
 class PrismaticVisionConfig(PreTrainedConfig):

@@ -15,7 +15,6 @@ if __name__ == "__main__" and "__file__" in globals() and not __package__:
     )
 
 # %% ../../../nbs/models/backbones/40_vision.ipynb #676ab6ce
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,9 +25,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
 
+from ...files import is_kind
+from .checkpoint_files import FolderError, read_object
 from .component_loading import component_config, load_component, quiet, shortened
+from .hub import checkpoint_folder
 from ...registry import VISION_BACKBONES
 
 # %% ../../../nbs/models/backbones/40_vision.ipynb #14e4e078
@@ -62,10 +63,17 @@ class Pixels:
 
 def declared_normalisation(path: str | Path, default: Sequence[Sequence[float]]) -> list[list[float]]:
     """Mean and standard deviation that a model's folder declares; its family's where it declares none."""
-    file = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    declared = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
-    mean, std = default
-    return [list(declared.get("image_mean") or mean), list(declared.get("image_std") or std)]
+    file = checkpoint_folder(path) / "preprocessor_config.json"
+    declared = read_object(file) if file.is_file() else {}
+    found = []
+    for key, own in zip(("image_mean", "image_std"), default):
+        values = declared.get(key) or own
+        if not is_kind(values, [float]) or len(values) != 3 or (key == "image_std" and min(values) <= 0):
+            raise FolderError(
+                f"{file}: {key} is {values!r:.60}, expected three numbers; copy the original file"
+            )
+        found.append(list(values))
+    return found
 
 # %% ../../../nbs/models/backbones/40_vision.ipynb #23a62028
 def tower_config(config: PreTrainedConfig, layer: int) -> PreTrainedConfig:
@@ -162,7 +170,9 @@ def load_tower(
 ) -> PreTrainedModel:
     """A vision transformer of one of the `kinds`, read at a layer, from its folder."""
     config = component_config(path, kinds, VISION_BACKBONES)
-    config = tower_config(getattr(config, "vision_config", config), layer)
+    if "vision_config" in config.sub_configs:  # a whole SigLIP, with the text tower that it was trained with
+        config = config.vision_config
+    config = tower_config(config, layer)
     options = {"load_weights": load_weights, "dtype": dtype, "attn_implementation": attn_implementation}
     return drop_unused(load_component(AutoModel, path, config, **options))
 

@@ -29,7 +29,7 @@ from ..features import Features
 from .describe import describe
 from .framework import Framework
 from .prepare import Prepare
-from ..heads.head import ActionHead
+from ..heads.head import ActionHead, check_shape
 from ...registry import FRAMEWORKS, VISION_BACKBONES
 
 # %% ../../../nbs/models/frameworks/40_gr00t.ipynb #3ccb63f3
@@ -81,11 +81,19 @@ class GR00T(Framework):
     def features(self, batch: dict[str, Any]) -> Features:
         """The last hidden states of the prompt and their mask, with System 1's own patches in front of them."""
         features = self.vlm(batch["inputs"])
+        if self.action_model.separates_images:
+            image = self.vlm.image_token_mask(batch["inputs"])
+            features = replace(
+                features, image=check_shape("the mask of image tokens", image, features.mask.shape)
+            )
         if self.vision_encoder is None:
             return features
         patches, seen = self.patches(batch, features.mask)
         hidden = torch.cat([patches, features.hidden], dim=1)
-        return replace(features, hidden=hidden, mask=torch.cat([seen, features.mask], dim=1))
+        own = {"hidden": hidden, "mask": torch.cat([seen, features.mask], dim=1)}
+        if features.image is not None:
+            own["image"] = torch.cat([torch.ones_like(seen), features.image], dim=1)
+        return replace(features, **own)
 
     def component(self, name: str) -> list[nn.Parameter]:
         """As `Framework.component`; System 1's vision encoder belongs to the vision_backbone."""

@@ -29,6 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from ...config import cli_errors
 from ...data.lerobot import LeRobotDataset
 from ...data.normalize import MODES, Normalizer, compute_statistics
+from ..backbones.hub import hub_folder, is_hub_name
 from .head import HeadSizes
 from .token_head import TokenHead
 from ...registry import HEADS, suggest
@@ -109,31 +110,24 @@ def processor_files(
     source: str | Path,  # a folder, or a name on the hub such as physical-intelligence/fast
 ) -> tuple[Path, Path]:  # processor_config.json, tokenizer.json
     """Where a FAST tokenizer's two files are, downloaded when need be. Raises `FileNotFoundError`."""
-    folder = Path(source)
+    folder = Path(source).expanduser()
     if folder.is_dir():
         nested = folder / "bpe_tokenizer" / TOKENIZER
         paths = folder / PROCESSOR, nested if nested.is_file() else folder / TOKENIZER
         if missing := [path.name for path in paths if not path.is_file()]:
             raise FileNotFoundError(f"{folder} is no FAST tokenizer, it lacks {missing[0]}; {FIT}")
         return paths
-    if folder.is_absolute() or str(source).count("/") != 1:
+    if not is_hub_name(source):
         raise FileNotFoundError(
             f"no FAST tokenizer at {source}: neither a folder nor a name on the hub; {FIT}"
         )
-    return _download(str(source), PROCESSOR), _download(str(source), TOKENIZER)
+    names = (PROCESSOR, TOKENIZER)
+    found = hub_folder(str(source), names, _has_both, "FAST tokenizer", f"; {FIT}")
+    return processor_files(found)
 
 
-def _download(name: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(hf_hub_download(name, file))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
-            f"no folder {name}, and the hub gave no {file} of that name ({reason}); {FIT}"
-        ) from error
+def _has_both(folder: Path) -> bool:
+    return (folder / PROCESSOR).is_file() and (folder / TOKENIZER).is_file()
 
 # %% ../../../nbs/models/heads/20_fast.ipynb #d6e3fc16
 def read_processor(
@@ -143,7 +137,7 @@ def read_processor(
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         entries = dict(found)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON object: {error}") from error
     for key in ("scale", "min_token", "vocab_size"):
         value = entries.get(key)

@@ -89,8 +89,9 @@ def cached_velocity(
 ) -> Tensor:  # [B, T, D] float32
     """v_θ(x_t, t | o) from what is known of t and of o."""
     tokens = torch.cat([prefix, self.action_tokens(x, step.timestep, encoded)], dim=1)
-    for block, modulation, known in zip(self.dit.blocks, step.modulations, keys_values):
-        tokens, _ = block.run(tokens, modulation, known, None if known is None else encoded.mask)
+    masks = self.masks(encoded)
+    for i, (block, modulation, known) in enumerate(zip(self.dit.blocks, step.modulations, keys_values)):
+        tokens, _ = block.run(tokens, modulation, known, self.dit.mask_of(i, masks))
     return self.decode_velocity(self.dit.output_layer(tokens[:, -self.horizon :], step.time), encoded)
 
 # %% ../../../nbs/models/heads/45_flow_inference.ipynb #flin0011

@@ -95,6 +95,7 @@ class ActionHead(nn.Module):
     embodiment_specific = False  # whether it can have weights for each robot
     adaptive_norm = False  # whether time enters through the norms and the state through the prompt (π0.5)
     assets = False  # whether it has files of its own, see `save_assets`
+    separates_images = False  # whether it has to be told which tokens are an image's, `Features.image`
     foreign = False  # whether it stands in front of another codebase's class, see `fluxvla_head`
     renamed_parameters: Mapping[str, str] = {}  # old names in saved weights, and what they are called now
 
@@ -148,6 +149,14 @@ def attention(
 def layer_classes(self: ActionHead) -> set[type[nn.Module]]:
     """The repeated blocks, for sharding (FSDP); none for a small head."""
     return set()
+
+
+@patch
+def get_fsdp_wrapping_policy(self: ActionHead) -> None:
+    """FluxVLA's name of `layer_classes`: always raises `AttributeError`, which says so."""
+    raise AttributeError(
+        "get_fsdp_wrapping_policy is FluxVLA's; here it is layer_classes(), a set of classes"
+    )
 
 
 @patch

@@ -8,12 +8,15 @@ Docs: https://vla-bench.github.io/vla_bench/models/interop/checkpoint_formats.ht
 __all__ = ['Names', 'OPENPI', 'OPENPI_IGNORE', 'OPENPI_KEYS', 'PI0_KEYS', 'PI05_KEYS', 'DIT', 'FLOW_HEAD', 'RESIDUAL_HEAD',
            'STARVLA_VLM', 'STARVLA_KEYS', 'FLOW_KEYS', 'GR00T_KEYS', 'PI_KEYS', 'DIT_SIZES', 'STATE_ENCODER',
            'ALL_CROSS', 'FIRST_FAST_TOKEN', 'OPENVLA', 'OPENVLA_IGNORE', 'OPENVLA_SECTION', 'OPENVLA_KEYS',
-           'NEW_EMBODIMENT', 'GR00T_HEAD_SIZES', 'GR00T_SECTION', 'GR00T_NAMES', 'N15_KEYS', 'CHECKPOINT_FORMATS',
-           'ConfigKey', 'CheckpointFormat', 'resolve', 'last_block', 'unwrapped', 'count_blocks', 'openpi_sizes',
-           'complete_pi05', 'under', 'section_of', 'given_numbers', 'renamed', 'value_at', 'check_keys', 'settings_of',
-           'starvla_section', 'includes_state', 'alternates', 'complete_pi', 'starvla_gr00t', 'starvla_pi',
-           'unused_state', 'unused_by_flow', 'unused_by_pi', 'flow_sizes', 'pi_sizes', 'residual_sizes', 'starvla_oft',
-           'starvla_fast', 'gr00t_head', 'gr00t_sizes', 'list_formats']
+           'NEW_EMBODIMENT', 'GR00T_HEAD_SIZES', 'NO_MASK', 'GR00T_SECTION', 'GR00T_NAMES', 'N15_KEYS', 'N17_ROWS',
+           'PROCESSOR_N17', 'N17_SECTION', 'N17_KEYS', 'OPENPI_HARMLESS', 'OPENVLA_HARMLESS', 'N15_HARMLESS',
+           'N17_HARMLESS', 'STARVLA_HARMLESS', 'CHECKPOINT_FORMATS', 'ConfigKey', 'CheckpointFormat', 'resolve',
+           'last_block', 'unwrapped', 'count_blocks', 'openpi_sizes', 'complete_pi05', 'state_in_prompt',
+           'pi05_settings', 'unused_by_pi05', 'under', 'section_of', 'given_numbers', 'renamed', 'value_at',
+           'check_keys', 'settings_of', 'silent_keys', 'unknown_keys', 'starvla_section', 'includes_state',
+           'alternates', 'complete_pi', 'starvla_gr00t', 'starvla_pi', 'unused_state', 'unused_by_flow', 'unused_by_pi',
+           'flow_sizes', 'pi_sizes', 'residual_sizes', 'starvla_oft', 'starvla_fast', 'gr00t_head', 'gr00t_sizes',
+           'n17_names', 'n17_row', 'complete_n17', 'table_of_keys', 'list_formats']
 
 # %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #98e2b577
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,6 +41,7 @@ class ConfigKey:
     source: str  # where the original reads it
     ours: str = ""  # what it becomes here, dotted; empty: any value but `default` is refused
     default: Any = None  # the original's, and of a key that is not read the only one that we compute
+    absent: Any = None  # what the original takes where its section is silent, if that is not `default`
 
 
 # {ours: theirs}; of several spellings, the first that is there
@@ -68,6 +72,13 @@ class CheckpointFormat:
     sizes: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None  # what the tensors show
     # fills in what the configuration leaves open and the weights tell, and says what was assumed
     complete: Callable[[Mapping[str, Any], Mapping[str, Tensor]], tuple[dict, list[str]]] | None = None
+    # the names that depend on its configuration, in place of `names`
+    names_for: Callable[[Mapping[str, Any]], Names] | None = None
+    # their prefix of the language model's layers, where a checkpoint may hold fewer than its base
+    layers: str = ""
+    # keys on which no action depends, and why; with `keys` all that the original reads in the sections of `closed`
+    harmless: Mapping[str, str] = field(default_factory=dict)
+    closed: tuple[str, ...] = ()  # sections of its configuration of which every key is known here
 
 # %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #40be628a
 def _keys(where: str, source: str, **ours: str) -> tuple[ConfigKey, ...]:
@@ -78,6 +89,16 @@ def _keys(where: str, source: str, **ours: str) -> tuple[ConfigKey, ...]:
 def _only(where: str, source: str, **default: Any) -> tuple[ConfigKey, ...]:
     """Keys for which there is one value here."""
     return tuple(ConfigKey(f"{where}.{name}".lstrip("."), source, default=v) for name, v in default.items())
+
+
+def _silent(keys: Iterable[ConfigKey], **absent: Any) -> tuple[ConfigKey, ...]:
+    """The keys, some of which mean something else when nothing is said."""
+    return tuple(replace(key, absent=absent.get(key.name.rpartition(".")[2])) for key in keys)
+
+
+def _why(reason: str, names: str) -> dict[str, str]:
+    """Keys on which no action depends, all for one reason; `names` with blanks between them."""
+    return dict.fromkeys(names.split(), reason)
 
 # %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #00ace080
 def resolve(
@@ -194,7 +215,29 @@ def complete_pi05(
 
 
 PI0_KEYS = (*OPENPI_KEYS, *_only("", _STATE_IN_PROMPT, type="pi0", pi05=False, discrete_state_input=False))
-PI05_KEYS = (*OPENPI_KEYS, *_only("", _STATE_IN_PROMPT, type="pi05", pi05=True, discrete_state_input=True))
+PI05_KEYS = (*OPENPI_KEYS, *_only("", _STATE_IN_PROMPT, type="pi05", pi05=True))
+PI05_KEYS = (*PI05_KEYS, *_keys("", _STATE_IN_PROMPT, discrete_state_input="policy.state"))
+
+# %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #9df85196
+def state_in_prompt(config: Mapping[str, Any]) -> bool:
+    """Whether a π0.5 is told its state. Raises `ValueError` for an answer that is none."""
+    value = config.get("discrete_state_input")
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"discrete_state_input is {value!r}, expected true or false")
+    return value is not False
+
+
+def pi05_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the configuration of a π0.5 says; without the state its prompt is π0's."""
+    return settings_of(config, PI05_KEYS) | ({} if state_in_prompt(config) else {"prompt": "{lang}\n"})
+
+
+def unused_by_pi05(config: Mapping[str, Any]) -> dict[str, str]:
+    """Says why there is no state, where there is none; a π0.5 has no encoder for it."""
+    told = state_in_prompt(config)
+    return (
+        {} if told else {STATE_ENCODER: "this run was trained without a state (discrete_state_input: false)"}
+    )
 
 # %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #e2608bf5
 _BLOCK, _PUBLIC_BLOCK = "dit.blocks.*", "model.transformer_blocks.*"
@@ -327,6 +370,29 @@ def settings_of(config: Mapping[str, Any], keys: Iterable[ConfigKey]) -> dict[st
             section.update(given_numbers(key.name, **{last: value_at(config, key.name)}))
     return found
 
+# %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #30e09e4f
+def silent_keys(config: Mapping[str, Any], keys: Iterable[ConfigKey]) -> list[ConfigKey]:
+    """The keys that their section leaves out although the original then computes something else than we do."""
+
+    def silent(key: ConfigKey) -> bool:
+        place, _, last = key.name.rpartition(".")
+        section = value_at(config, place) if place else config
+        return isinstance(section, Mapping) and bool(section) and last not in section
+
+    return [key for key in keys if key.absent is not None and silent(key)]
+
+
+def unknown_keys(config: Mapping[str, Any], checkpoint_format: CheckpointFormat) -> list[str]:
+    """Keys of a configuration that the format neither reads, nor refuses, nor knows to be harmless."""
+    named = {key.name for key in checkpoint_format.keys} | set(checkpoint_format.harmless)
+    named |= set(checkpoint_format.closed)
+    found = []
+    for place in checkpoint_format.closed:
+        section = value_at(config, place) if place else config
+        names = [f"{place}.{key}" if place else key for key in section or ()]
+        found += [name for name in names if name not in named]
+    return found
+
 # %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #049bd198
 def starvla_section(
     config: Mapping[str, Any],  # StarVLA's config.yaml
@@ -380,6 +446,9 @@ _TRANSFORMER_KEYS = {  # constructor arguments of the public transformer that ar
     "final_dropout": True,
     "positional_embeddings": None,
 }
+_SINUSOIDAL = {
+    "positional_embeddings": "sinusoidal"
+}  # what cross_attention_dit.py takes where nothing is said
 _NOISE_KEYS = {"noise_beta_alpha": 1.5, "noise_beta_beta": 1.0, "noise_s": TIME_SCALE}
 FLOW_KEYS = (
     *STARVLA_KEYS,
@@ -389,7 +458,7 @@ FLOW_KEYS = (
     *_only(_HEAD, _HEAD_FILES, num_timestep_buckets=TIME_BUCKETS, add_pos_embed=True, **_NOISE_KEYS),
     *_keys(_DIT, _DIT_FILE, dropout="action_model.dropout"),
     *_keys(_DIT, _DIT_FILE, interleave_self_attention=_MIXING, use_canonical_forward=_MIXING),
-    *_only(_DIT, _DIT_FILE, **_TRANSFORMER_KEYS),
+    *_silent(_only(_DIT, _DIT_FILE, **_TRANSFORMER_KEYS), **_SINUSOIDAL),
 )
 
 # %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #0d73cebd
@@ -717,11 +786,12 @@ GR00T_HEAD_SIZES = {
     "num_inference_timesteps": 4,
     "repeated_diffusion_steps": 1,
 }
+NO_MASK = {"mask_padding": False, "mask_vl_padding": False}  # N1.5 looks at padding in both places
 GR00T_SECTION = {
     "action_horizon": 16,
     "max_action_dim": 32,
     "max_state_dim": 64,
-    "action_model": GR00T_HEAD_SIZES,
+    "action_model": GR00T_HEAD_SIZES | NO_MASK,
 }
 GR00T_NAMES: Names = {**public_names("Linear"), **under("action_model", "action_head", gr00t_head())}
 
@@ -758,6 +828,9 @@ _OF_DIT = {
     "dropout": "action_model.dropout",
 }
 _OF_VL = {"num_layers": "action_model.num_vl_layers", "num_attention_heads": "action_model.num_vl_heads"}
+_OF_VL |= {"dropout": "action_model.vl_dropout"}
+_VL_ONLY = {"final_dropout": True, "positional_embeddings": None, "attention_bias": True}
+_VL_ONLY |= {"activation_fn": "gelu-approximate", "upcast_attention": False}
 N15_KEYS = (
     *_keys("", "gr00t/model/gr00t_n1.py", action_horizon="action_horizon", action_dim="max_action_dim"),
     *_only("", "gr00t/model/gr00t_n1.py, gr00t_n1d7.py", model_type="gr00t_n1_5", use_alternate_vl_dit=False),
@@ -766,13 +839,214 @@ N15_KEYS = (
     *_only(_GR00T, _GR00T_FILE, num_timestep_buckets=TIME_BUCKETS, add_pos_embed=True, use_vlln=True),
     *_only(_GR00T, _GR00T_FILE, **_NOISE_KEYS),
     *_keys(_GR00T_DIT, _DIT_FILE, **_OF_DIT),
-    *_only(_GR00T_DIT, _DIT_FILE, interleave_self_attention=True, **_TRANSFORMER_KEYS),
+    *_silent(
+        _only(_GR00T_DIT, _DIT_FILE, interleave_self_attention=True, **_TRANSFORMER_KEYS),
+        interleave_self_attention=False,
+        **_SINUSOIDAL,
+    ),
     *_keys(_GR00T_VL, _DIT_FILE, **_OF_VL),
-    *_only(_GR00T_VL, _DIT_FILE, final_dropout=True, positional_embeddings=None),
+    *_silent(_only(_GR00T_VL, _DIT_FILE, **_VL_ONLY), **_SINUSOIDAL),
     *_only(
         "backbone_cfg", "gr00t/model/backbone/eagle_backbone.py", project_to_dim=None, reproject_vision=False
     ),
 )
+
+# %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #87fe5fe9
+_COSMOS = "backbone.model"
+N17_ROWS = {"new_embodiment": 10, "libero_sim": 2, "simpler_env_google": 0, "simpler_env_widowx": 1}
+
+
+def n17_names(config: Mapping[str, Any]) -> Names:
+    """N1.7's names; the row of the robot is the configuration's `embodiment_row`."""
+    head = gr00t_head(config.get("embodiment_row", N17_ROWS["new_embodiment"]))
+    head = {ours: theirs for ours, theirs in head.items() if ours != "future_tokens"}
+    backbone = {
+        "vlm.model": _COSMOS,
+        "vlm.model.model.visual": (f"{_COSMOS}.model.visual", f"{_COSMOS}.visual"),
+        "vlm.model.model.language_model": (f"{_COSMOS}.model.language_model", f"{_COSMOS}.language_model"),
+    }
+    return {**backbone, **under("action_model", "action_head", head)}
+
+
+def n17_row(config: Mapping[str, Any]) -> tuple[int, str]:  # and where it is from
+    """The robot's row in the stacked encoders. Raises `ValueError` for one that nothing knows."""
+    if (row := config.get("embodiment_row")) is not None:
+        if not isinstance(row, int) or row < 0:
+            raise ValueError(f"embodiment_row is {row!r}, expected a number from 0 on")
+        return row, ""
+    tag, written = config.get("embodiment_tag") or "new_embodiment", config.get("embodiment_id")
+    known = written if isinstance(written, Mapping) else N17_ROWS
+    if not isinstance(known.get(tag), int):
+        raise ValueError(
+            f"embodiment_tag is {tag!r}{suggest(str(tag), known)}, or say --set embodiment_row=…"
+        )
+    source = "embodiment_id.json" if known is written else "NVIDIA's code: embodiment_id.json is not there"
+    return known[tag], f"row {known[tag]} of the robots' encoders is {tag}, from {source}"
+
+# %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #2913ba94
+PROCESSOR_N17 = (
+    "the original lowers an instruction's case and drops its punctuation (formalize_language), and crops and resizes "
+    "images (image_crop_size, image_target_size): instructions and images have to come so"
+)
+
+
+def complete_n17(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],  # of the checkpoint
+) -> tuple[dict[str, Any], list[str]]:
+    """The configuration with the robot's row, and what was assumed. Raises `ValueError` for a row that is not there."""
+    row, assumed = n17_row(config)
+    stacked = tensors.get("action_head.action_encoder.W1.b")
+    if stacked is not None and row >= len(stacked):
+        raise ValueError(f"embodiment_row is {row}, the checkpoint has {len(stacked)} robots")
+    said = [PROCESSOR_N17] if config.get("formalize_language", True) else []
+    return {**config, "embodiment_row": row}, [*([assumed] if assumed else []), *said]
+
+# %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #d385cd46
+N17_SECTION = {
+    "action_horizon": 40,
+    "max_action_dim": 132,
+    "max_state_dim": 132,
+    "action_model": GR00T_HEAD_SIZES
+    | {"num_layers": 32, "num_future_tokens": 0, "attend_text_every_n_blocks": 2, "mask_vl_padding": False}
+    | {"time_sampling": "n17", "state_dropout": 0.8},
+}
+_N17_FILE, _N17_DIT, _N17_VL = (
+    "gr00t/model/gr00t_n1d7/gr00t_n1d7.py",
+    "diffusion_model_cfg",
+    "vl_self_attention_cfg",
+)
+_N17_PROCESSOR = "gr00t/model/gr00t_n1d7/processing_gr00t_n1d7.py"
+_OF_N17 = {
+    "action_horizon": "action_horizon",
+    "max_action_dim": "max_action_dim",
+    "max_state_dim": "max_state_dim",
+    "num_inference_timesteps": _STEPS,
+    "max_seq_len": "action_model.max_positions",
+    "input_embedding_dim": "action_model.hidden_size",
+    "hidden_size": "action_model.mlp_size",
+    "attend_text_every_n_blocks": "action_model.attend_text_every_n_blocks",
+    "state_dropout_prob": "action_model.state_dropout",
+}
+N17_KEYS = (
+    *_keys("", _N17_FILE, **_OF_N17),
+    *_only("", _N17_FILE, model_type="Gr00tN1d7", use_alternate_vl_dit=True, state_history_length=1),
+    *_only(
+        "", _N17_FILE, num_timestep_buckets=TIME_BUCKETS, add_pos_embed=True, use_vlln=True, **_NOISE_KEYS
+    ),
+    *_only("", _N17_FILE, strict_action_padding_mask=False, exclude_state=False, backbone_model_type="qwen"),
+    *_only(
+        "", _N17_PROCESSOR, apply_sincos_state_encoding=False, letter_box_transform=False, use_tactile=False
+    ),
+    *_keys("", _N17_PROCESSOR, embodiment_tag="policy.embodiment", embodiment_row="policy.embodiment"),
+    *_keys("", _N17_PROCESSOR, use_percentiles="policy.normalization", use_mean_std="policy.normalization"),
+    *_keys("", _N17_PROCESSOR, use_relative_action="policy.action", formalize_language="policy.prompt"),
+    *_keys("", _N17_PROCESSOR, image_crop_size="policy.image_size", image_target_size="policy.image_size"),
+    *_keys("", "gr00t/model/modules/qwen3_backbone.py", select_layer="policy.select_layer"),
+    *_keys("", "lerobot/policies/groot/processor_groot.py", action_decode_transform="policy.action"),
+    *_only("", "lerobot/policies/groot/configuration_groot.py", model_version="n1.7", n_obs_steps=1),
+    *_keys(_N17_DIT, _DIT_FILE, **_OF_DIT),
+    *_silent(_only(_N17_DIT, _DIT_FILE, interleave_self_attention=True, **_TRANSFORMER_KEYS), **_SINUSOIDAL),
+    *_keys(_N17_VL, _DIT_FILE, **_OF_VL),
+    *_silent(_only(_N17_VL, _DIT_FILE, **_VL_ONLY), **_SINUSOIDAL),
+)
+
+# %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #eb087ccc
+_HUB = _why(
+    "about the file", "architectures auto_map license push_to_hub repo_id private tags transformers_version"
+)
+_HUB |= _why("about the file", "pretrained_path repo_type _name_or_path")
+_SPEED = _why("how it is computed", "dtype torch_dtype model_dtype compute_dtype device use_amp precision")
+_SPEED |= _why("how it is computed", "use_cache attention_implementation gradient_checkpointing load_bf16")
+_SPEED |= _why("how it is computed", "use_flash_attention pytorch_compile_mode pytorch_training_precision")
+_SPEED |= _why(
+    "how it is computed", "attn_implementation backbone_trainable_params_fp32 compile_model compile_mode"
+)
+_LEARNING = "which weights learn, and how fast"
+_TRAINING = _why(
+    _LEARNING, "tune_projector tune_diffusion_model tune_vlln tune_llm tune_visual tune_top_llm_layers"
+)
+_TRAINING |= _why(_LEARNING, "freeze_vision_encoder train_expert_only train_state_proj use_peft optimizer_lr")
+_TRAINING |= _why(_LEARNING, "optimizer_betas optimizer_eps optimizer_weight_decay optimizer_grad_clip_norm")
+_TRAINING |= _why(_LEARNING, "scheduler_warmup_steps scheduler_decay_steps scheduler_decay_lr")
+
+OPENPI_HARMLESS = _HUB | _SPEED | _TRAINING
+OPENPI_HARMLESS |= _why(
+    "the tensors show it", "paligemma_variant action_expert_variant proj_width vlm_config"
+)
+OPENPI_HARMLESS |= _why("a policy executes as many as it is told", "n_action_steps rtc_config")
+OPENPI_HARMLESS |= _why("no instruction is cut here", "tokenizer_max_length max_token_len")
+OPENPI_HARMLESS |= _why("the section policy has them", "input_features output_features")
+OPENVLA_HARMLESS = (
+    _HUB | _SPEED | _why("the base model has it", "hf_llm_id text_config vocab_size pad_token_id")
+)
+OPENVLA_HARMLESS |= _why("the vision encoders have it", "image_sizes timm_model_ids") | _why(
+    "statistics", "norm_stats"
+)
+OPENVLA_HARMLESS |= _why("no instruction is cut here", "llm_max_length")
+OPENVLA_HARMLESS |= _why("what is returned besides", "output_projector_states return_dict_in_generate")
+
+# %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #be522415
+def _at(place: str, names: Mapping[str, str]) -> dict[str, str]:
+    return {f"{place}.{name}": why for name, why in names.items()}
+
+
+_BLOCK_HARMLESS = _SPEED | _why("no time is embedded by its number", "num_embeds_ada_norm")
+_BLOCK_HARMLESS |= _why("without positional_embeddings there are none", "max_num_positional_embeddings")
+_BLOCK_HARMLESS |= _why("the tensors show it", "attention_head_dim cross_attention_dim")
+_VL_HARMLESS = _BLOCK_HARMLESS | _why(
+    "these layers have nothing of the kind", "output_dim interleave_self_attention"
+)
+_FLOW_HARMLESS = (
+    _TRAINING | _SPEED | _why("the tensors show it", "backbone_embedding_dim max_num_embodiments")
+)
+_UNREAD = "load_pretrained_det_decode_layer_path detection_coeff freeze_decode_layer attn_dropout"
+_FLOW_HARMLESS |= _why("the original does not read it", _UNREAD)
+_FLOW_HARMLESS |= _why("how often a batch is repeated in training", "expand_batch")
+
+N15_HARMLESS = _HUB | _SPEED | _why("the tensors show it", "hidden_size")
+N15_HARMLESS |= _at(_GR00T_DIT, _BLOCK_HARMLESS) | _at(_GR00T_VL, _VL_HARMLESS)
+N15_HARMLESS |= _at(_GR00T, _FLOW_HARMLESS | _why("as outside of it", "action_dim action_horizon"))
+N15_HARMLESS |= _at("backbone_cfg", _TRAINING | _SPEED)
+N15_HARMLESS |= _at(
+    "backbone_cfg", _why("the folder of the backbone has it", "eagle_path select_layer model_name")
+)
+N17_HARMLESS = _HUB | _FLOW_HARMLESS | _at(_N17_DIT, _BLOCK_HARMLESS) | _at(_N17_VL, _VL_HARMLESS)
+N17_HARMLESS |= _why("the folder of the backbone is given", "model_name model_revision reproject_vision")
+N17_HARMLESS |= _why(
+    "changes of training images", "random_rotation_angle color_jitter_params extra_augmentation_config"
+)
+N17_HARMLESS |= _why(
+    "changes of training images", "use_albumentations_transforms shortest_image_edge crop_fraction"
+)
+N17_HARMLESS |= _why("embodiment_id.json, from which the row is read", "embodiment_id")
+N17_HARMLESS |= _why("the tensors show it", "use_vl_self_attention")
+_WRAPPER = "of LeRobot's policy around the network"
+N17_HARMLESS |= _why(
+    _WRAPPER, "type chunk_size n_action_steps image_size base_model_path n1_7_backbone_model resume"
+)
+N17_HARMLESS |= _why(
+    _WRAPPER, "input_features output_features lora_rank lora_alpha lora_dropout lora_full_model"
+)
+N17_HARMLESS |= _why(
+    _WRAPPER, "video_backend balance_dataset_weights balance_trajectory_weights dataset_paths"
+)
+N17_HARMLESS |= _why(_WRAPPER, "save_steps max_steps batch_size dataloader_num_workers report_to output_dir")
+N17_HARMLESS |= _why(_WRAPPER, "model_params_fp32 use_bf16 warmup_ratio rtc_ramp_rate")
+N17_HARMLESS |= _why("GR00T normalises in a step of its own", "normalization_mapping")
+
+# %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #d53a13d7
+STARVLA_HARMLESS = _at(_DIT, _BLOCK_HARMLESS)
+STARVLA_HARMLESS |= _at(
+    _DIT, _why("the tensors show it", "input_embedding_dim num_layers output_dim num_attention_heads")
+)
+STARVLA_HARMLESS |= _at(_HEAD, _FLOW_HARMLESS)
+STARVLA_HARMLESS |= _at(
+    _HEAD, _why("the tensors show it", "action_dim state_dim hidden_size output_dim action_hidden_dim")
+)
+STARVLA_HARMLESS |= _at(_HEAD, _why("framework.name decides", "action_model_type type"))
+STARVLA_HARMLESS |= _at(_HEAD, _why("no action before this one is predicted", "past_action_window_size"))
+STARVLA_HARMLESS |= _at(_HEAD, _why("draws per sample in training", "repeated_diffusion_steps"))
 
 # %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #a8634e4a
 def _starvla(
@@ -792,6 +1066,8 @@ def _starvla(
 
 # %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #2079e8a9
 _OPENPI = {"names": OPENPI, "ignore": OPENPI_IGNORE, "wrapper": "model", "sizes": openpi_sizes}
+_OPENPI |= {"harmless": OPENPI_HARMLESS, "closed": ("",)}
+_STARVLA_FLOW = {"harmless": STARVLA_HARMLESS, "closed": (_HEAD, _DIT)}
 
 CHECKPOINT_FORMATS: dict[str, CheckpointFormat] = {
     "openpi_pi0": CheckpointFormat(
@@ -802,6 +1078,8 @@ CHECKPOINT_FORMATS: dict[str, CheckpointFormat] = {
         "PI05",
         **_OPENPI,
         complete=complete_pi05,
+        settings=pi05_settings,
+        unused=unused_by_pi05,
         keys=PI05_KEYS,
         marks=("time_mlp_in",),
     ),
@@ -810,6 +1088,8 @@ CHECKPOINT_FORMATS: dict[str, CheckpointFormat] = {
         "OpenVLA",
         OPENVLA,
         OPENVLA_IGNORE,
+        harmless=OPENVLA_HARMLESS,
+        closed=("",),
         section=OPENVLA_SECTION,
         keys=OPENVLA_KEYS,
         marks=(_DINO,),
@@ -819,9 +1099,28 @@ CHECKPOINT_FORMATS: dict[str, CheckpointFormat] = {
         "GR00T",
         GR00T_NAMES,
         section=GR00T_SECTION,
+        harmless=N15_HARMLESS,
+        closed=("", _GR00T, _GR00T_DIT, _GR00T_VL, "backbone_cfg"),
         keys=N15_KEYS,
-        marks=("action_head.action_encoder.W1",),
+        wrapper="_groot_model",
+        marks=("backbone.eagle_model",),
         sizes=gr00t_sizes,
+    ),
+    "gr00t_n17": CheckpointFormat(
+        "GR00T N1.7: NVIDIA, LeRobot",
+        "GR00T",
+        n17_names({}),
+        section=N17_SECTION,
+        harmless=N17_HARMLESS,
+        closed=("", _N17_DIT, _N17_VL),
+        keys=N17_KEYS,
+        wrapper="_groot_model",
+        marks=("backbone.model.",),
+        residual=("qwen3_vl",),
+        sizes=gr00t_sizes,
+        complete=complete_n17,
+        names_for=n17_names,
+        layers=f"{_COSMOS}.model.language_model.layers.",
     ),
     "starvla_gr00t": _starvla(
         "GR00T",
@@ -831,6 +1130,7 @@ CHECKPOINT_FORMATS: dict[str, CheckpointFormat] = {
         unused=unused_by_flow,
         keys=GR00T_KEYS,
         sizes=flow_sizes,
+        **_STARVLA_FLOW,
     ),
     "starvla_pi": _starvla(
         "PI",
@@ -840,6 +1140,7 @@ CHECKPOINT_FORMATS: dict[str, CheckpointFormat] = {
         unused=unused_by_pi,
         keys=PI_KEYS,
         sizes=pi_sizes,
+        **_STARVLA_FLOW,
         complete=complete_pi,
     ),
     "starvla_oft": _starvla("OFT", RESIDUAL_HEAD, starvla_oft, ("QwenOFT",), sizes=residual_sizes),
@@ -852,6 +1153,20 @@ CHECKPOINT_FORMATS: dict[str, CheckpointFormat] = {
         unused=lambda config: {STATE_ENCODER: "QwenFast reads no state"},
     ),
 }
+
+# %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #83115d07
+def table_of_keys(format_name: str) -> str:
+    """Every key of a format's configuration that is known here, as a Markdown table: what it becomes, or why not."""
+    known = CHECKPOINT_FORMATS[format_name]
+    rows = {
+        key.name: (f"`{key.ours}`" if key.ours else f"only `{key.default!r}`", key.source)
+        for key in known.keys
+    }
+    rows |= {
+        name: ("no action depends on it", why) for name, why in known.harmless.items() if name not in rows
+    }
+    lines = [f"| `{name}` | {here} | {source} |" for name, (here, source) in sorted(rows.items())]
+    return "\n".join(["| key | here | read by, or why |", "|---|---|---|", *lines])
 
 # %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #a08e809c
 def list_formats() -> str:

@@ -1,4 +1,4 @@
-"""A checkpoint of openpi, LeRobot, StarVLA or OpenVLA becomes a run folder of ours
+"""A checkpoint of openpi, LeRobot, StarVLA, OpenVLA or NVIDIA becomes a run folder of ours
 
 Docs: https://vla-bench.github.io/vla_bench/models/interop/convert.html.md"""
 
@@ -6,8 +6,9 @@ Docs: https://vla-bench.github.io/vla_bench/models/interop/convert.html.md"""
 
 # %% auto #0
 __all__ = ['LEROBOT_MODES', 'ON_TRUST', 'Source', 'find_source_files', 'read_statistics', 'PolicySettings', 'policy_settings',
-           'dimension_modes', 'converted_spec', 'correct', 'recognise', 'check_policy', 'convert', 'original_settings',
-           'framework_section', 'on_trust', 'vision_sizes', 'check_image_size', 'load_converted', 'write_run', 'main']
+           'dimension_modes', 'converted_spec', 'correct', 'recognise', 'check_policy', 'convert', 'silences',
+           'original_settings', 'framework_section', 'on_trust', 'check_finite', 'check_depth', 'vision_sizes',
+           'check_image_size', 'load_converted', 'write_run', 'main']
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #shows001
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -21,16 +22,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from ...config import Config, ConfigError, cli_errors, load_config, read_yaml, suggest
 from ...data.layout import Layout, PolicySpec, spec_to_dict
 from ...data.normalize import Normalizer, Statistics, save_statistics, statistics_hash
-from ...files import read_json, write_json, write_whole_folder
+from ...files import read_json, write_json, write_manifest, write_whole_folder
+from ..backbones.component_loading import read_config
 from ..backbones.processor import load_processor, model_type
 from ..frameworks.build import build_framework
 from ..frameworks.framework import Framework
@@ -39,10 +41,13 @@ from vla_bench.models.interop.checkpoint_formats import (
     STATE_ENCODER,
     CheckpointFormat,
     check_keys,
+    count_blocks,
     last_block,
     list_formats,
     resolve,
     settings_of,
+    silent_keys,
+    unknown_keys,
     unwrapped,
     value_at,
 )
@@ -63,9 +68,13 @@ def find_source_files(source: str | Path, checkpoint_format: CheckpointFormat) -
     """Weights, configuration and statistics. Raises `FileNotFoundError` that lists what a run folder has."""
     if checkpoint_format.config_file == "config.json":
         path = fetch(source)
-        beside = (path if path.is_dir() else path.parent) / "config.json"
-        config = _object(read_json(beside), str(beside)) if beside.is_file() else {}
-        return Source(path, dict(config), _statistics_beside(path))
+        folder = path if path.is_dir() else path.parent
+        config = _config_beside(folder / "config.json")
+        if robots := _config_beside(
+            folder / "embodiment_id.json"
+        ):  # of GR00T, which robot has which encoders
+            config["embodiment_id"] = robots
+        return Source(path, config, _statistics_beside(path))
     path = fetch(source, ("*.safetensors", "*.json", "*.yaml", "*.pt"))
     run = next((p for p in (path, *path.parents[:3]) if (p / "config.yaml").is_file()), None)
     if run is None:
@@ -76,6 +85,10 @@ def find_source_files(source: str | Path, checkpoint_format: CheckpointFormat) -
     )
     weights = path if path.is_file() else _newest(run)
     return Source(weights, config, statistics if statistics.is_file() else None)
+
+# %% ../../../nbs/models/interop/20_convert.ipynb #e6f52a5a
+def _config_beside(file: Path) -> dict[str, Any]:
+    return dict(_object(read_json(file), str(file))) if file.is_file() else {}
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #0f9536cb
 def _statistics_beside(path: Path) -> Path | None:
@@ -362,19 +375,26 @@ def convert(
     theirs = correct(files.config, [*corrections, *_asked(cfg, chosen)], chosen)
     recognise(format_name, theirs)
     original_settings(chosen, theirs)  # what is wrong there is said before gigabytes are read
-    check_policy(theirs, settings)
+    unclear = silences(chosen, theirs)
+    check_policy(
+        theirs if _lists(chosen, "normalization_mapping") else {**theirs, "normalization_mapping": None},
+        settings,
+    )
     tensors = unwrapped(read_weights(files.weights), chosen)
     recognise(format_name, theirs, tensors)
+    check_finite(tensors, files.weights)
     theirs, assumed = _completed(chosen, theirs, tensors)
+    chosen = replace(chosen, names=chosen.names_for(theirs)) if chosen.names_for else chosen
     shown = chosen.sizes(tensors) if chosen.sizes else {}
     section = framework_section(chosen, theirs, cfg, shown)
     cfg.require_read()
     unused = chosen.unused(theirs) if chosen.unused else {}
     if settings.state and STATE_ENCODER in unused:
         raise ConfigError(f"policy.state: {unused[STATE_ENCODER]}; leave it out")
+    check_depth(chosen, tensors, section)
     check_image_size(section, settings)
     framework, report = load_converted(chosen, tensors, section, settings, unused)
-    assumed += on_trust(chosen, theirs, cfg, section)
+    assumed += unclear + on_trust(chosen, theirs, cfg, section)
     report = replace(report, assumed=tuple(assumed))
     spec, statistics = converted_spec(settings, framework.horizon, files.statistics)
     record = {"format": format_name, "source": str(source), "corrections": list(corrections)}
@@ -400,7 +420,34 @@ def _completed(
     try:
         return checkpoint_format.complete(theirs, tensors)
     except ValueError as error:
-        raise ConfigError(f"StarVLA's config.yaml: {error}") from error
+        raise ConfigError(f"{_whose(checkpoint_format)}: {error}") from error
+
+
+def _lists(checkpoint_format: CheckpointFormat, key: str) -> bool:
+    return any(each.name == key for each in checkpoint_format.keys)
+
+
+def _whose(checkpoint_format: CheckpointFormat) -> str:
+    return (
+        f"{'StarVLA' if checkpoint_format.original else 'the checkpoint'}'s {checkpoint_format.config_file}"
+    )
+
+# %% ../../../nbs/models/interop/20_convert.ipynb #c6cdaa28
+def silences(checkpoint_format: CheckpointFormat, theirs: Mapping[str, Any]) -> list[str]:
+    """What their configuration leaves out or has besides, and was taken on trust.
+
+    Raises `ConfigError` where leaving it out means another network, in a file that the original itself wrote.
+    """
+    found, whose = [], _whose(checkpoint_format)
+    for key in silent_keys(theirs, checkpoint_format.keys):
+        meant = "null" if key.default is None else str(key.default).lower()
+        said = f"{key.name} is missing, where the original takes {key.absent!r}; our network is built with {meant}"
+        if not checkpoint_format.original:  # StarVLA's file is written by hand, and may have been cut
+            raise ConfigError(f"{whose}: {said}. Say --set {key.name}={meant} if it was trained so")
+        found.append(said)
+    if unknown := unknown_keys(theirs, checkpoint_format):
+        found.append(f"{whose} has keys that this version does not know: {', '.join(sorted(unknown))}")
+    return found
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #02ec0bfe
 def original_settings(
@@ -413,8 +460,7 @@ def original_settings(
         check_keys(theirs, checkpoint_format.keys)
         return read(theirs) if read else settings_of(theirs, checkpoint_format.keys)
     except ValueError as error:
-        whose = "StarVLA's " if checkpoint_format.original else "the checkpoint's "
-        raise ConfigError(f"{whose}{checkpoint_format.config_file}: {error}") from error
+        raise ConfigError(f"{_whose(checkpoint_format)}: {error}") from error
 
 # %% ../../../nbs/models/interop/20_convert.ipynb #b81f9f14
 def framework_section(
@@ -459,6 +505,37 @@ def on_trust(
             found.append(f"{key} {value}, from {origin}")
     return found
 
+# %% ../../../nbs/models/interop/20_convert.ipynb #091fac06
+def check_finite(
+    tensors: Mapping[str, Tensor],
+    where: str | Path,  # named in the message
+) -> None:
+    """Raises `ValueError` naming the first weights that hold something that is no number."""
+    numbers = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    odd = [name for name, t in tensors.items() if t.dtype in numbers and not bool(t.isfinite().all())]
+    if odd:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise ValueError(
+            f"{where}: {odd[0]}{more} of {len(tensors)} tensors hold NaN or infinity: copy the file again"
+        )
+
+# %% ../../../nbs/models/interop/20_convert.ipynb #f82963b0
+def check_depth(
+    checkpoint_format: CheckpointFormat, tensors: Mapping[str, Tensor], section: Mapping[str, Any]
+) -> None:
+    """Raises `ConfigError` for a base_vlm that has another number of layers than the checkpoint."""
+    base = (section.get("vlm") or {}).get("base_vlm")
+    shown = count_blocks(checkpoint_format.layers, tensors) if checkpoint_format.layers else 0
+    if base is None or not shown:
+        return
+    layers = read_config(base).get_text_config().num_hidden_layers
+    if layers != shown:
+        raise ConfigError(
+            f"{base} has {layers} layers, the checkpoint {shown} (select_layer): set num_hidden_layers to {shown} in the "
+            f"text_config of a copy of its config.json, and name the copy's folder in framework.vlm.base_vlm; its "
+            f"weights are not read"
+        )
+
 # %% ../../../nbs/models/interop/20_convert.ipynb #ca8d0fbb
 def vision_sizes(config: Mapping[str, Any]) -> set[int]:
     """The image sizes in a model's configuration that fix a table of positions."""
@@ -479,7 +556,7 @@ def check_image_size(section: Mapping[str, Any], settings: PolicySettings) -> No
         return  # a composed backbone resizes images itself, to the size of its encoders
     blank = Image.new("RGB", tuple(reversed(settings.image_size)))
     pixels = load_processor(base).image_processor(images=[blank], return_tensors="pt")["pixel_values"]
-    expected = vision_sizes(AutoConfig.from_pretrained(base).to_dict())
+    expected = vision_sizes(read_config(base).to_dict())
     if pixels.ndim >= 4 and expected and pixels.shape[-1] not in expected:
         raise ConfigError(
             f"{base}: its processor makes images of {pixels.shape[-1]} pixels, its vision encoder reads "
@@ -519,6 +596,7 @@ def write_run(
         checkpoint = folder / "checkpoints/step_000000"
         framework.save_pretrained(checkpoint)
         write_json(checkpoint / "policy.json", spec_to_dict(spec))
+        write_manifest(checkpoint)
         save_statistics(folder / "dataset_statistics.json", statistics)
         OmegaConf.save(OmegaConf.create({**place, **config}), folder / "config.yaml")
         write_json(folder / "conversion.json", record)

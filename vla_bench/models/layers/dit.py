@@ -133,6 +133,12 @@ class DiT(nn.Module):
             return None
         return context if isinstance(context, Tensor) else context[i]
 
+    def mask_of(self, i: int, mask: Tensor | Sequence[Tensor] | None) -> Tensor | None:
+        """Which of its keys block i may see; None is all of them, and what a block that looks at itself has."""
+        if not self.crosses[i]:
+            return None
+        return mask if mask is None or isinstance(mask, Tensor) else mask[i]
+
 # %% ../../../nbs/models/layers/20_dit.ipynb #sdit0020
 @patch
 def output_layer(
@@ -153,15 +159,14 @@ def forward(
     x: Tensor,  # [R·B, N, W]
     bucket: Tensor,  # [R·B], discretised time
     context: Tensor | Sequence[Tensor],  # [B, L, H], or one of them per block
-    mask: Tensor,  # bool [B, L]
+    mask: Tensor | Sequence[Tensor] | None,  # bool [B, L], or one of them per block; None: all may be seen
     maps: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:  # [R·B, N, output]; maps [R·B, heads, N, L]
     """Runs all blocks under one time embedding; collects cross-attention maps when asked for."""
     time, collected = self.time(bucket), []
     for i, block in enumerate(self.blocks):
         seen = self.context_of(i, context)
-        cross = seen is not None
-        x, weights = block(x, time, seen, mask if cross else None, maps and cross)
+        x, weights = block(x, time, seen, self.mask_of(i, mask), maps and seen is not None)
         if weights is not None:
             collected.append(weights)
     return self.output_layer(x, time), collected
@@ -177,8 +182,8 @@ class SelfAttentionBlock(nn.Module):
         self.feed_forward = feed_forward(width, dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, L, H] with mask bool [B, L], true where a token is valid."""
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x [B, L, H] with mask bool [B, L], true where a token is valid; None: every token is looked at."""
         y = self.norm1(x)
         x = x + self.dropout(self.attention(y, y, mask)[0])
         return x + self.feed_forward(self.norm2(x))
@@ -192,8 +197,8 @@ class VLSelfAttention(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(SelfAttentionBlock(width, heads, dropout) for _ in range(depth))
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, L, H] with mask bool [B, L]; what stands at padding means nothing."""
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x [B, L, H] with mask bool [B, L], or None; what stands at padding means nothing."""
         x = self.norm(x)
         for block in self.blocks:
             x = block(x, mask)

@@ -1,0 +1,120 @@
+"""Images as what they are: their shape, their names, and nothing bent into RGB."""
+
+import numpy as np
+import pytest
+
+from vla_bench.data.lerobot import LeRobotDataset, validate
+from vla_bench.data.paths import DatasetError
+
+KEYS = [f"observation.images.{kind}.left_wrist" for kind in ("rgb", "depth", "seg_instance_id")]
+
+
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [
+        ([48, 64, 3], ("height", "width", "channels")),
+        ([48, 64, 3], None),
+        ([48, 64, 3], ("height", "width", "rgb")),
+        ([3, 48, 64], ("channels", "height", "width")),
+        ([3, 48, 64], ("channel", "height", "width")),
+        ([3, 48, 64], None),
+        ([64, 48, 3], ("width", "height", "channels")),
+        ([64, 48, 3], ("W", "H", "C")),
+    ],
+    ids=str,
+)
+def test_the_names_of_the_axes_say_what_is_high_and_wide(make, tmp_path, shape, names):
+    features = make.PLAIN | {make.TOP: make.camera(shape, names)}
+    encoder = lambda path, frames, fps: make.encode(path, [make.level(0)] * len(frames), fps)
+    dataset = LeRobotDataset(make.v21(tmp_path / "ds", features=features, encoder=encoder))
+    assert dataset[0]["image"][0].size == (64, 48) and dataset.image_size == (48, 64)
+
+
+def three_kinds(make, root, **more):
+    features = {"action": make.vector(3), "observation.state": make.vector(3)}
+    features |= {key: make.camera(**more.get(key, {})) for key in KEYS}
+    return make.v21(root, features=features)
+
+
+def test_a_short_name_of_several_cameras_is_refused(make, tmp_path):
+    root = three_kinds(make, tmp_path / "ds")
+    with pytest.raises(DatasetError, match=f"'left_wrist' may be any of {', '.join(KEYS)}"):
+        LeRobotDataset(root, cameras=["left_wrist"])
+
+
+@pytest.mark.parametrize("name", [KEYS[0], "rgb.left_wrist", "images.rgb.left_wrist"])
+def test_full_names_and_ends_that_fit_one_camera_work(make, tmp_path, name):
+    assert LeRobotDataset(three_kinds(make, tmp_path / "ds"), cameras=[name])._keys == [KEYS[0]]
+
+
+def test_cameras_of_a_dataset_have_distinct_names_that_can_be_asked_for(make, tmp_path):
+    root = three_kinds(make, tmp_path / "ds")
+    names = LeRobotDataset(root).cameras
+    assert names == ("rgb.left_wrist", "depth.left_wrist", "seg_instance_id.left_wrist")
+    assert LeRobotDataset(root, cameras=names)._keys == KEYS
+
+
+def test_a_gr00t_name_that_is_another_cameras_end_is_ambiguous(make, tmp_path):
+    features = make.PLAIN | {"observation.images.wrist": make.camera()}
+    modality = {"video": {"wrist": {"original_key": make.TOP}}}
+    root = make.v21(tmp_path / "ds", features=features, modality=modality)
+    with pytest.raises(DatasetError, match="'wrist' may be any of"):
+        LeRobotDataset(root, cameras=["wrist"])
+    names = LeRobotDataset(root).cameras
+    assert len(set(names)) == 2 and LeRobotDataset(root, cameras=names)._keys == [
+        make.TOP,
+        "observation.images.wrist",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("declared", "reason"),
+    [
+        ({"info": {"video.is_depth_map": True}}, "holds depth"),
+        ({"info": {"is_depth_map": True}}, "holds depth"),
+        ({"video_info": {"video.is_depth_map": True}}, "holds depth"),
+        ({"info": {"video.channels": 1}}, "has 1 channels"),
+        ({"info": {"video.pix_fmt": "gray12le"}}, "pixel format gray12le"),
+        ({"shape": [48, 64, 1]}, "has 1 channels"),
+        ({"shape": [1, 48, 64], "names": ("channels", "height", "width")}, "has 1 channels"),
+        ({"shape": [48, 64, 4]}, "has 4 channels"),
+    ],
+    ids=str,
+)
+def test_a_camera_that_is_declared_to_be_no_rgb_is_refused_and_the_others_are_offered(
+    make, tmp_path, declared, reason
+):
+    root = three_kinds(make, tmp_path / "ds", **{KEYS[1]: declared})
+    for cameras in (None, [KEYS[1]]):
+        with pytest.raises(DatasetError, match=f"{KEYS[1]}.* {reason}.*{KEYS[0]}, {KEYS[2]}"):
+            LeRobotDataset(root, cameras=cameras)
+    assert LeRobotDataset(root, cameras=[KEYS[0]])[0]["image"][0].mode == "RGB"
+    assert validate(root) == []
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.full((48, 64), 800, np.uint16),
+        np.full((48, 64), 80, np.uint8),
+        np.full((48, 64, 4), 80, np.uint8),
+    ],
+    ids=["16 bits", "grey", "transparent"],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_stored_images_that_are_no_rgb_are_refused(make, tmp_path, array, channels):
+    features = {n: f for n, f in make.PLAIN.items() if n != make.TOP}
+    features["observation.images.depth"] = make.camera([48, 64, channels], dtype="image")
+    extra = {"action": make.counting(3), "observation.state": make.counting(3)}
+    extra["observation.images.depth"] = lambda i: make.png(array)
+    root = make.v21(tmp_path / "ds", features=features, extra=extra)
+    with pytest.raises(DatasetError, match="observation.images.depth"):
+        LeRobotDataset(root)[0]
+    assert validate(root)
+
+
+def test_cameras_of_different_sizes_have_a_size_each(make, tmp_path):
+    features = make.PLAIN | {"observation.images.wrist": make.camera([32, 36, 3])}
+    dataset = LeRobotDataset(make.v21(tmp_path / "ds", features=features))
+    assert dataset.image_size == ((48, 64), (32, 36))
+    assert [image.size for image in dataset[0]["image"]] == [(64, 48), (36, 32)]

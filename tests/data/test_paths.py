@@ -1,0 +1,192 @@
+"""Every path stays inside the dataset, and nothing is waited for."""
+
+import json
+import os
+import shutil
+import signal
+
+import pyarrow.parquet as pq
+import pytest
+
+from vla_bench.data.lerobot import DatasetError, LeRobotDataset, validate
+
+FILES = {
+    "numbers": "data/chunk-000/episode_000001.parquet",
+    "video": "videos/chunk-000/observation.images.top/episode_000001.mp4",
+    "tasks": "meta/tasks.jsonl",
+    "episodes": "meta/episodes.jsonl",
+    "info": "meta/info.json",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_hang():
+    """An alarm ends a test that waits for a pipe."""
+
+    def stop(*_):
+        raise TimeoutError("hangs")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+
+
+def read_all(root, **settings):
+    dataset = LeRobotDataset(root, **settings)
+    return [dataset[i]["image"][0].getpixel((0, 0)) for i in range(len(dataset))]
+
+
+def edit_info(root, **changes):
+    info = json.loads((root / "meta/info.json").read_text())
+    (root / "meta/info.json").write_text(json.dumps(info | changes))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_named_pipe_is_refused_by_name(make, tmp_path, name):
+    path = make.v21(tmp_path / "ds") / FILES[name]
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DatasetError, match=f"{path} is a named pipe, expected a file"):
+        read_all(tmp_path / "ds")
+    assert any("named pipe" in line for line in validate(tmp_path / "ds"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_links_out_of_the_dataset_are_followed_only_when_told(make, tmp_path, name):
+    expected = read_all(make.v21(tmp_path / "other"))
+    path = make.v21(tmp_path / "ds") / FILES[name]
+    shutil.move(path, tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DatasetError, match=f"{path} is a link out of the dataset; follow_links=True"):
+        read_all(tmp_path / "ds")
+    assert any("link out of the dataset" in line for line in validate(tmp_path / "ds"))
+    assert read_all(tmp_path / "ds", follow_links=True) == expected
+    assert validate(tmp_path / "ds", follow_links=True) == []
+
+
+@pytest.mark.parametrize("name", ["data", "videos", "meta"])
+def test_a_folder_that_is_a_link_out_of_the_dataset_is_refused(make, tmp_path, name):
+    root = make.v21(tmp_path / "ds")
+    shutil.move(root / name, tmp_path / "elsewhere")
+    (root / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DatasetError, match="is a link out of the dataset"):
+        read_all(root)
+    assert len(read_all(root, follow_links=True)) == 11
+
+
+def test_a_link_inside_the_dataset_and_a_linked_dataset_are_read(make, tmp_path):
+    path = make.v21(tmp_path / "ds") / FILES["numbers"]
+    path.rename(path.with_name("kept.parquet"))
+    path.symlink_to("kept.parquet")
+    (tmp_path / "name").symlink_to("ds")
+    assert len(read_all(tmp_path / "name")) == 11
+
+
+@pytest.mark.parametrize("key", ["data_path", "video_path"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "../ds/data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "data/../../ds/{episode_index}",
+        "/etc/passwd",
+        "{episode_chunk:0999999999d}",
+        "{episode_chunk:0>999999999}",
+        "{episode_index.__class__}",
+        "{episode_index!r}",
+        "{0}",
+        "{",
+        "",
+        "a\0b",
+        "{episode_index:{episode_index}d}",
+    ],
+    ids=repr,
+)
+def test_templates_that_lead_elsewhere_or_never_end_are_refused(make, tmp_path, key, template):
+    root = make.v21(tmp_path / "ds")
+    edit_info(root, **{key: template})
+    with pytest.raises(DatasetError, match="info.json|cannot be read"):
+        read_all(root)
+    assert validate(root)
+
+
+def test_a_camera_may_not_be_called_like_a_way_out(make, tmp_path):
+    root = make.v21(tmp_path / "ds")
+    info = json.loads((root / "meta/info.json").read_text())
+    edit_info(root, features=info["features"] | {"../../../secret": make.camera()})
+    with pytest.raises(DatasetError, match="not inside the dataset"):
+        LeRobotDataset(root)
+
+
+@pytest.mark.parametrize("path", ["../outside.png", "/etc/passwd", "images/../../outside.png", ""])
+def test_an_image_named_by_a_row_lies_inside_the_dataset(make, tmp_path, path):
+    features = make.PLAIN | {make.TOP: make.camera(dtype="image")}
+    extra = {"action": make.counting(3), "observation.state": make.counting(3)}
+    extra[make.TOP] = lambda i: {"bytes": None, "path": path}
+    root = make.v21(tmp_path / "ds", features=features, extra=extra)
+    (tmp_path / "outside.png").write_bytes(make.png(make.level(0))["bytes"])
+    with pytest.raises(DatasetError, match="not inside the dataset"):
+        LeRobotDataset(root)[0]
+
+
+def test_an_image_named_by_a_row_is_read(make, tmp_path):
+    features = make.PLAIN | {make.TOP: make.camera(dtype="image")}
+    extra = {"action": make.counting(3), "observation.state": make.counting(3)}
+    extra[make.TOP] = lambda i: {"bytes": None, "path": f"images/{i}.png"}
+    root = make.v21(tmp_path / "ds", features=features, extra=extra)
+    (root / "images").mkdir()
+    for i in range(11):
+        (root / f"images/{i}.png").write_bytes(make.png(make.level(i))["bytes"])
+    dataset = LeRobotDataset(root)
+    assert [make.level_of(dataset[i]["image"][0]) for i in (7, 0, 10)] == [7, 0, 10]
+    (root / "images/7.png").unlink()
+    os.mkfifo(root / "images/7.png")
+    with pytest.raises(DatasetError, match="named pipe"):
+        LeRobotDataset(root)[7]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("fps",), 10**400),
+        (("fps",), 1e-320),
+        (("chunks_size",), 10**30),
+        (("features", "action", "shape"), [10**12]),
+        (("features", "observation.images.top", "shape"), [10**12, 10**12, 3]),
+    ],
+    ids=str,
+)
+def test_huge_numbers_are_refused_before_anything_is_made_of_them(make, tmp_path, place, value):
+    root = make.v21(tmp_path / "ds")
+    info = json.loads((root / "meta/info.json").read_text())
+    *above, last = place
+    holder = info
+    for key in above:
+        holder = holder[key]
+    holder[last] = value
+    edit_info(root, **info)
+    with pytest.raises(DatasetError, match="meta/info.json"):
+        read_all(root)
+
+
+@pytest.mark.parametrize("length", [10**12, 10**8, -1, 5.5, "5", None, True])
+def test_lengths_that_cannot_be_are_refused(make, tmp_path, length):
+    root = make.v21(tmp_path / "ds")
+    (root / "meta/episodes.jsonl").write_text(json.dumps({"episode_index": 0, "length": length}) + "\n")
+    with pytest.raises(DatasetError, match="episodes.jsonl line 1: length|has 6 rows, its metadata say"):
+        read_all(root)
+
+
+def test_an_image_that_unpacks_to_more_than_it_declares_is_not_unpacked(make, tmp_path):
+    import numpy as np
+
+    features = make.PLAIN | {make.TOP: make.camera(dtype="image")}
+    extra = {"action": make.counting(3), "observation.state": make.counting(3)}
+    bomb = make.png(np.zeros((9000, 9000), np.uint8))
+    extra[make.TOP] = lambda i: bomb if i == 3 else make.png(make.level(i))
+    root = make.v21(tmp_path / "ds", features=features, extra=extra)
+    with pytest.raises(
+        DatasetError, match=r"frame 3 of observation.images.top is \[9000, 9000\], info.json says"
+    ):
+        read_all(root)
+    assert pq.read_table(root / FILES["numbers"]).num_rows == 5

@@ -1,0 +1,159 @@
+"""The right frame, whatever the encoder did and at whatever rate the video runs."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from vla_bench.data.lerobot import DatasetError, LeRobotDataset, validate
+from vla_bench.data.video import VideoReader
+
+QUIET = {"x265-params": "log-level=none"}
+OPEN = {"g": "12", "x264-params": "open-gop=1:bframes=4:b-pyramid=normal"}
+
+
+@pytest.mark.parametrize(
+    ("codec", "options", "count"),
+    [
+        ("libx265", QUIET, 300),
+        ("libx265", {"g": "3", **QUIET}, 161),
+        ("libx264", {}, 300),
+        ("libx264", OPEN, 161),
+        ("libx264", {"bf": "0", "g": "2"}, 60),
+        ("libx264", {"x264-params": "intra-refresh=1:keyint=20"}, 120),
+    ],
+    ids=str,
+)
+def test_every_frame_is_exact_in_any_order(make, tmp_path, codec, options, count):
+    encoder = lambda path, frames, fps: make.encode(path, frames, fps, codec, options)
+    root = make.v21(tmp_path / "ds", lengths=(count,), encoder=encoder)
+    dataset = LeRobotDataset(root)
+    for i in np.random.default_rng(0).permutation(count):
+        assert make.level_of(dataset[int(i)]["image"][0]) == i % 16
+    assert validate(root) == []
+
+
+@pytest.mark.parametrize("ending", ["mkv", "mp4", "webm"])
+def test_containers_with_and_without_a_table_of_frames_are_read_alike(make, tmp_path, ending):
+    codec = "libvpx-vp9" if ending == "webm" else "libx264"
+    frames = [make.level(i) for i in range(40)]
+    make.encode(tmp_path / f"a.{ending}", frames, 30, codec)
+    video = VideoReader(tmp_path / f"a.{ending}")
+    found = [int(round(float(video.read(i).mean()) / 16)) % 16 for i in (39, 0, 17, 18, 5)]
+    assert (video.frame_count, found) == (40, [7, 0, 1, 2, 5])
+
+
+@pytest.mark.parametrize(
+    ("rate", "lengths"),
+    [
+        (Fraction(30000, 1001), (60,) * 30),
+        (30.2, (60,) * 6),
+        (29.9, (100,) * 6),
+        (30, (7, 100, 1, 33)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("version", ["v21", "v30"])
+def test_a_video_at_nearly_the_rate_of_its_rows_shows_the_right_frames(
+    make, tmp_path, version, rate, lengths
+):
+    root = {"v21": make.v21, "v30": make.v30}[version](tmp_path / "ds", lengths=lengths, rate=float(rate))
+    dataset = LeRobotDataset(root)
+    assert all(make.level_of(dataset[i]["image"][0]) == i % 16 for i in range(0, len(dataset), 13))
+    assert validate(root) == []
+
+
+@pytest.mark.parametrize("version", ["v21", "v30"])
+def test_where_rows_and_frames_part_it_is_an_error_and_never_another_frame(make, tmp_path, version):
+    """At 30.2 Hz they are half a frame apart after 75 frames."""
+    root = {"v21": make.v21, "v30": make.v30}[version](tmp_path / "ds", lengths=(200,), rate=30.2)
+    dataset, refused = LeRobotDataset(root), 0
+    for i in range(200):
+        try:
+            assert make.level_of(dataset[i]["image"][0]) == i % 16
+        except DatasetError as error:
+            assert "after the first one, its row says" in str(error)
+            refused += 1
+    assert 200 - 77 <= refused <= 200 - 75
+    assert len(validate(root)) == 1
+
+
+@pytest.mark.parametrize("rate", [25, 31, 60, 15])
+def test_a_video_of_another_rate_is_refused(make, tmp_path, rate):
+    root = make.v21(tmp_path / "ds", rate=rate)
+    with pytest.raises(DatasetError, match=f"plays at {rate} Hz, info.json says 30 Hz"):
+        LeRobotDataset(root)[3]
+    assert "plays at" in validate(root)[0]
+
+
+def test_frames_at_irregular_times_are_found_by_the_times_of_their_rows(make, tmp_path):
+    """A recording whose camera was late now and then, with rows that say so."""
+    import av
+    import pyarrow.parquet as pq
+
+    ticks = np.array([0, 3, 6, 10, 12, 16, 18, 21])  # of 90 Hz, for a camera of 30 Hz
+
+    def irregular(path, frames, fps):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=90)
+            stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+            stream.codec_context.time_base = Fraction(1, 90)
+            for frame, tick in zip(frames, ticks, strict=True):
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                picture.pts, picture.time_base = int(tick), Fraction(1, 90)
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode())
+
+    root = make.v21(tmp_path / "ds", lengths=(8,), encoder=irregular)
+    path = next(root.rglob("*.parquet"))
+    table = pq.read_table(path)
+    table = table.set_column(0, "timestamp", [(ticks / 90).astype(np.float32)])
+    pq.write_table(table, path)
+    dataset = LeRobotDataset(root)
+    assert [make.level_of(dataset[i]["image"][0]) for i in (5, 0, 7, 3, 1)] == [5, 0, 7, 3, 1]
+
+
+@pytest.mark.parametrize("shift", [1, -1, 3])
+def test_an_episode_that_begins_some_frames_off_is_found(make, tmp_path, shift):
+    key = f"videos/{make.TOP}/from_timestamp"
+
+    def change(rows):
+        rows[1][key] += shift / 30
+        return rows
+
+    lines = validate(make.v30(tmp_path / "ds", lengths=(6, 5, 7), change=change))
+    assert any("episode 1" in line for line in lines)
+
+
+def test_a_beginning_off_in_a_file_of_its_last_episode_is_found_by_the_length(make, tmp_path):
+    def change(rows):
+        rows[-1][f"videos/{make.TOP}/from_timestamp"] += 1 / 30
+        rows[-1][f"videos/{make.TOP}/to_timestamp"] += 1 / 30
+        return rows
+
+    assert validate(make.v30(tmp_path / "ds", change=change))
+
+
+@pytest.mark.parametrize("extra", [1, 20, -1])
+def test_a_video_of_another_length_is_found(make, tmp_path, extra):
+    encoder = lambda path, frames, fps: make.encode(path, (frames + frames * 4)[: len(frames) + extra], fps)
+    for version in (make.v21, make.v30):
+        lines = validate(version(tmp_path / version.__name__, encoder=encoder))
+        assert lines and all(".mp4" in line for line in lines)
+
+
+def test_a_grey_video_is_refused_though_it_is_declared_as_rgb(make, tmp_path):
+    import av
+
+    def grey(path, frames, fps):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx265", rate=30, options=QUIET)
+            stream.height, stream.width, stream.pix_fmt = 48, 64, "gray"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame[..., 0].copy(), format="gray")))
+            container.mux(stream.encode())
+
+    with pytest.raises(DatasetError, match="has the pixel format gray"):
+        LeRobotDataset(make.v21(tmp_path / "ds", encoder=grey))[0]
