@@ -365,13 +365,15 @@ def data_identity(
     verify: bool = False,  # hash every byte of the videos
 ) -> dict[
     str, dict[str, Any]
-]:  # "metadata" and "columns": file to hash; "videos": file to size, time, sample
+]:  # "metadata" and "columns": file to hash; "videos", and files with images: file to size, time, sample
     """What tells a dataset from another one, file by file. Raises `FileNotFoundError` or `ValueError` naming a file."""
     root = files.root
     relative = lambda path: path.relative_to(root).as_posix()
     metadata = sorted(p for p in (root / "meta").rglob("*") if p.is_file() and not p.name.startswith("."))
     data = sorted({episode.data for episode in files.episodes})
     videos = sorted({path for episode in files.episodes for path, _ in episode.videos.values()})
+    if any(feature.dtype == "image" for feature in files.features.values()):
+        videos += data  # they hold images as well as numbers
     return {
         "metadata": {relative(path): file_hash(path) for path in metadata},
         "columns": {relative(path): columns_hash(path) for path in data},
@@ -397,7 +399,8 @@ def identity_differences(
     for part in ("metadata", "columns", "videos"):
         before, after = saved[part], now[part]
         lines += [f"{name} is missing" for name in before if name not in after]
-        lines += [f"{name} is new" for name in after if name not in before]
+        # a checkpoint from before images in the files of columns counted lists those files as columns only
+        lines += [f"{name} is new" for name in after if name not in before and name not in saved["columns"]]
         for name in (name for name in after if name in before):
             changed = None if after[name] == before[name] else "has other content"
             if part == "videos":
