@@ -18,6 +18,7 @@ DATA := $(RUNS)/data/metaworld_quickstart
 CONFIG := experiments/configs/quickstart.yaml
 TASKS := drawer-open-v3 button-press-topdown-v3 window-open-v3 door-open-v3
 OVERRIDES ?=
+EPISODES ?= 25
 WORKERS ?= 2
 SINCE ?= main
 PACKAGE ?= evaluation
@@ -41,7 +42,7 @@ $(MODEL)/config.json: | setup
 	python -m vla_bench.models.backbones.tiny qwen2_5_vl --out $(MODEL)
 
 $(DATA)/meta/info.json: | setup
-	python -m vla_bench.benchmarks.metaworld record --tasks $(TASKS) --episodes 25 --out $(DATA)
+	python -m vla_bench.benchmarks.metaworld record --tasks $(TASKS) --episodes $(EPISODES) --out $(DATA)
 
 quickstart: setup $(MODEL)/config.json $(DATA)/meta/info.json
 	mkdir -p $(RUNS)/quickstart

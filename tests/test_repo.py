@@ -41,8 +41,10 @@ CROSS_CUTTING = {
     "test_grid.py": "every backbone with every head that can read it",
     "test_notebooks.py": "every notebook",
     "test_programs.py": "every component's module, run as a program",
+    "test_readme.py": "the README and the documentation's first page",
     "test_repo.py": "the repository",
     "test_tutorials.py": "components of one's own, by hand and by the scaffold",
+    "data/test_damaged_datasets.py": "every reader of a dataset",
     "evaluation/test_failures.py": "rollout, workers and report: a simulator that raises or dies",
     "benchmarks/test_metaworld_episodes.py": "metaworld and rollout: what an episode of a simulator is made of",
     "evaluation/test_episodes.py": "rollout: what an episode is made of",
@@ -65,7 +67,10 @@ CROSS_CUTTING = {
     "training/test_old_runs.py": "a run that version 0.1 wrote",
     "training/test_order_of_samples.py": "loop and order: which samples a run sees",
     "training/test_policy_of_a_run.py": "run and policy",
+    "training/test_program.py": "the training, in each form that a program has",
+    "training/test_settings.py": "each setting reaches what it controls",
     "training/test_unread_keys.py": "config, run and rollout: keys that nothing reads",
+    "training/test_what_is_trained.py": "optim, run and imitation: parts and losses",
     "viz/test_recording.py": "the recording that the pages show",
 }
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))

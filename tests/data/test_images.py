@@ -1,5 +1,8 @@
 """Images as what they are: their shape, their names, and nothing bent into RGB."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 
@@ -118,3 +121,26 @@ def test_cameras_of_different_sizes_have_a_size_each(make, tmp_path):
     dataset = LeRobotDataset(make.v21(tmp_path / "ds", features=features))
     assert dataset.image_size == ((48, 64), (32, 36))
     assert [image.size for image in dataset[0]["image"]] == [(64, 48), (36, 32)]
+
+
+def deep_png() -> dict:
+    """48 x 64 pixels of 16 bits per colour, which Pillow opens as if they had eight."""
+    rows = b"".join(b"\0" + np.full((64, 3), 800, ">u2").tobytes() for _ in range(48))
+    chunk = lambda name, data: (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    )
+    header = struct.pack(">IIBBBBB", 64, 48, 16, 2, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    return {"bytes": b"\x89PNG\r\n\x1a\n" + b"".join(parts), "path": None}
+
+
+def test_colours_of_16_bits_are_refused(make, tmp_path):
+    features = make.PLAIN | {make.TOP: make.camera(dtype="image")}
+    extra = {
+        "action": make.counting(3),
+        "observation.state": make.counting(3),
+        make.TOP: lambda i: deep_png(),
+    }
+    root = make.v21(tmp_path / "ds", features=features, extra=extra)
+    with pytest.raises(DatasetError, match="frame 0 of observation.images.top is an image of kind .*16 bits"):
+        LeRobotDataset(root)[0]

@@ -36,3 +36,12 @@ def test_statistics_without_extremes_refuse_what_they_cannot_tell():
     told = {k: v for k, v in compute_statistics(x).to_dict().items() if k not in ("min", "max")}
     with pytest.raises(ValueError, match="dimension 0 moves .* use mean_std"):
         Normalizer(Statistics.from_dict(told), "q99")
+
+
+@pytest.mark.parametrize("mode", ["q99", ["min_max", "q99"]])
+def test_a_dimension_that_rests_nearly_always_is_named(mode):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5000, 2))
+    x[:, 1] = np.where(rng.random(5000) < 0.008, 1.0, rng.normal(0, 1e-4, 5000))
+    with pytest.warns(UserWarning, match="dimension 1 up to .* min_max fits it"):
+        Normalizer(compute_statistics(x), mode)

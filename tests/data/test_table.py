@@ -157,3 +157,10 @@ def test_counts_that_do_not_fit_are_found(make, tmp_path, change, expected):
     info = json.loads((root / "meta/info.json").read_text())
     (root / "meta/info.json").write_text(json.dumps(info | change))
     assert [line.split("info.json: ")[1] for line in validate(root)] == [expected]
+
+
+def test_a_damaged_file_among_many_is_named(make, tmp_path):
+    root = make.v21(tmp_path / "ds", lengths=(2,) * 40)
+    (root / "data/chunk-000/episode_000033.parquet").write_bytes(b"nothing")
+    with pytest.raises(DatasetError, match="episode_000033.parquet cannot be read as parquet"):
+        LeRobotDataset(root)

@@ -157,3 +157,34 @@ def test_a_grey_video_is_refused_though_it_is_declared_as_rgb(make, tmp_path):
 
     with pytest.raises(DatasetError, match="has the pixel format gray"):
         LeRobotDataset(make.v21(tmp_path / "ds", encoder=grey))[0]
+
+
+def test_beginnings_computed_at_another_rate_than_the_videos_are_an_error_and_never_another_frame(
+    make, tmp_path
+):
+    """Merged from metadata alone: each episode begins where it would at 30 Hz, the video runs at 29.97."""
+    lengths = (60,) * 30
+
+    def change(rows):
+        for row in rows:
+            row[f"videos/{make.TOP}/from_timestamp"] = row["episode_index"] * 2.0
+            row[f"videos/{make.TOP}/to_timestamp"] = row["episode_index"] * 2.0 + 2
+        return rows
+
+    root = make.v30(tmp_path / "ds", lengths=lengths, rate=30000 / 1001, change=change)
+    dataset, refused = LeRobotDataset(root), 0
+    for i in range(0, len(dataset), 31):
+        try:
+            assert make.level_of(dataset[i]["image"][0]) == i % 16
+        except DatasetError as error:
+            assert "frames belong to the episodes before it" in str(error)
+            refused += 1
+    assert refused > 20 and len(validate(root)) > 10
+
+
+def test_frames_of_no_episode_are_left_alone_by_the_dataset_and_told_by_validate(make, tmp_path):
+    """An episode was taken out of the metadata, its frames are still in the video."""
+    root = make.v30(tmp_path / "ds", lengths=(6, 5, 4), change=lambda rows: [rows[0], rows[2]])
+    dataset = LeRobotDataset(root)
+    assert [make.level_of(dataset[i]["image"][0]) for i in range(10)] == [0, 1, 2, 3, 4, 5, 11, 12, 13, 14]
+    assert any("leaves 5 frames before it" in line for line in validate(root))

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -229,3 +230,162 @@ def test_the_program_reports_an_error_of_the_user_in_one_line(config, tmp_path, 
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and "trainer.max_train_steps" in err and "Traceback" not in err
+
+
+@pytest.fixture
+def by_intervals(config):
+    """Seven steps with intervals that do not divide them."""
+    intervals = "--trainer.log_interval 2 --trainer.eval_interval 3 --trainer.save_interval 4"
+    return train(config(f"--trainer.max_train_steps 7 {intervals}"))
+
+
+def test_what_happens_at_intervals_happens_there_and_at_the_end(by_intervals):
+    rows = read_metrics(by_intervals / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4, 6, 7]
+    assert [row["step"] for row in rows if "eval/action_error" in row] == [3, 6, 7]
+    assert [path.name for path in list_checkpoints(by_intervals)] == ["step_000004", "step_000007"]
+
+
+def test_a_checkpoint_holds_the_weights_of_its_step(by_intervals, config):
+    run = train(config("--run_id four --trainer.max_train_steps 7 --trainer.save_interval 1"))
+    for name in ("step_000004", "step_000007"):
+        ours, theirs = (
+            load_file(r / "checkpoints" / name / "model.safetensors") for r in (by_intervals, run)
+        )
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert json.loads((run / "checkpoints" / name / "trainer/progress.json").read_text())["step"] == int(
+            name[5:]
+        )
+
+
+def test_the_first_loss_is_the_mean_error_over_actions_that_are_there(config, losses):
+    one = "--trainer.max_train_steps 1 --trainer.warmup_steps 0 --trainer.per_device_batch_size 12"
+    run, probe = train(config(one)), set_up(config(f"{one} --run_id probe"))
+    samples = [probe.view[key] for key in probe.sampler().batch(0)]
+    predicted = probe.framework.predict_action(samples)["normalized_actions"]
+    valid = ~np.stack([sample["action_is_pad"] for sample in samples])
+    assert not valid.all(), "choose another seed: this test needs a chunk beyond an episode's end"
+    errors = np.abs(predicted - np.stack([sample["action"] for sample in samples]))
+    ((_, loss, _),) = losses(run)
+    assert loss == pytest.approx(errors[valid].mean(), rel=1e-5)
+
+
+def test_what_stands_beyond_an_episodes_end_is_not_learned(config, monkeypatch, losses):
+    expected, clean = losses(train(config("--run_id clean"))), AugmentedView.__getitem__
+
+    def spoilt(self, key):
+        sample = clean(self, key)
+        action = np.where(sample["action_is_pad"][:, None], np.float32(1e3), sample["action"])
+        return {**sample, "action": action}
+
+    monkeypatch.setattr(AugmentedView, "__getitem__", spoilt)
+    np.testing.assert_allclose(losses(train(config())), expected, rtol=1e-6)
+
+
+def test_a_chunk_is_padded_from_the_episodes_end_on(config):
+    data = set_up(config()).data.train
+    lengths = np.diff([*data.starts, len(data)])
+    for start, length in zip(data.starts, lengths):
+        padded = [data[int(start) + frame]["action_is_pad"].sum() for frame in range(length)]
+        assert padded == [max(0, frame + 4 - length) for frame in range(length)]
+
+
+@pytest.mark.parametrize("micro_batch, place", [(0, 3), (1, 0), (1, 2)])
+def test_the_offending_sample_is_named_in_any_micro_batch(config, monkeypatch, micro_batch, place):
+    options = "--trainer.gradient_accumulation_steps 2 --trainer.warmup_steps 0"
+    run = set_up(config(options))
+    stream = stream_of(run)
+    update(run, [next(stream), next(stream)])
+    key = run.sampler().batch(2 + micro_batch)[place]
+    clean = AugmentedView.__getitem__
+
+    def spoilt(self, asked):
+        sample = clean(self, asked)
+        return {**sample, "action": sample["action"] + np.float32(3e38)} if asked == key else sample
+
+    monkeypatch.setattr(AugmentedView, "__getitem__", spoilt)
+    batches = [run.framework.prepare([run.view[k] for k in run.sampler().batch(n)]) for n in (2, 3)]
+    with pytest.raises(FloatingPointError) as error:
+        update(run, batches)
+    origin = run.data.train[key[1]]["origin"]
+    assert str(error.value).startswith("step 2: the loss is") and str(error.value).endswith(
+        f"finite: {origin}"
+    )
+
+
+@pytest.mark.parametrize("norm", [np.inf, np.nan])
+def test_a_gradient_that_is_not_finite_stops_before_the_weights(config, monkeypatch, norm):
+    run = set_up(config("--trainer.warmup_steps 0"))
+    before = {name: p.detach().clone() for name, p in run.framework.named_parameters()}
+    monkeypatch.setattr(run.accelerator, "clip_grad_norm_", lambda *_: torch.tensor(norm))
+    with pytest.raises(FloatingPointError) as error:
+        update(run, [next(stream_of(run))])
+    origins = [run.data.train[row]["origin"] for _, row in run.sampler().batch(0)]
+    assert f"step 1: the gradient's norm is {norm}; " in str(error.value)
+    assert str(error.value).endswith(f"learning rate and precision. The batch: {'; '.join(origins)}")
+    assert all(torch.equal(p, before[name]) for name, p in run.framework.named_parameters()) and run.step == 0
+
+
+def test_the_speed_is_the_mean_since_the_last_row(config, monkeypatch):
+    """A clock whose n-th reading is n²: step k waits 6k+1 seconds and computes 6k+3."""
+    readings = iter(range(10**6))
+    clock = SimpleNamespace(perf_counter=lambda: float(next(readings) ** 2))
+    monkeypatch.setattr(imitation, "time", clock)
+    run = train(config("--trainer.log_interval 2 --trainer.per_device_batch_size 2"))
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+    for row, steps in zip(rows, ([0, 1], [2, 3], [4, 5]), strict=True):
+        waited, computed = (np.mean([6 * k + more for k in steps]) for more in (1, 3))
+        assert (row["data_s"], row["step_s"]) == (waited, computed)
+        assert row["samples_per_s"] == pytest.approx(2 / (waited + computed))
+
+
+@pytest.fixture
+def measured(config, monkeypatch):
+    """`measured(overrides)`: the rows that an evaluation draws, and its result."""
+
+    def evaluated(overrides: str, framework="OFT"):
+        run = set_up(config(overrides, framework))
+        seen, rows = [], type(run.data.held_out).__getitem__
+
+        def watching(self, row):
+            seen.append(row)
+            return rows(self, row)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(run.data.held_out), "__getitem__", watching)
+            found = imitation.evaluate(run)
+        assert run.framework.training == run.framework.action_model.training
+        return seen, found, run
+
+    return evaluated
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 1000])
+def test_an_evaluation_is_spread_evenly_over_what_is_held_out(measured, count):
+    rows, found, run = measured(f"--trainer.eval_samples {count}")
+    total = len(run.data.held_out)
+    expected = np.linspace(0, total - 1, min(count, total)).round().astype(int)
+    assert rows == expected.tolist() and np.isfinite(found["eval/action_error"])
+
+
+def test_an_evaluation_starts_from_the_same_noise_for_the_same_seed(measured):
+    _, first, run = measured("--run_id a", "GR00T")
+    torch.rand(5)
+    assert imitation.evaluate(run) == first
+    run.seed = 1
+    assert imitation.evaluate(run) != first
+
+
+def test_an_evaluation_leaves_the_model_training(measured):
+    _, _, run = measured("")
+    for mode in (True, False):
+        run.framework.train(mode)
+        imitation.evaluate(run)
+        assert {module.training for module in run.framework.modules()} == {mode}
+
+
+def test_a_run_that_holds_nothing_out_measures_nothing(measured):
+    rows, found, run = measured("--datasets.vla_data.held_out 0.0001", "OFT")
+    assert rows and found
+    run.data.held_out = None
+    assert imitation.evaluate(run) == {}

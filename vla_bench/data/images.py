@@ -108,6 +108,10 @@ def camera_keys(
         if len(found) > 1:
             raise DatasetError(f"{files.root}: {camera!r} may be any of {', '.join(found)}; write which one")
         keys += found
+    if len(set(keys)) < len(keys):
+        raise DatasetError(
+            f"{files.root}: {max(keys, key=keys.count)!r} is named twice in {list(cameras or ())}"
+        )
     where = {key: f"{info}: feature {key!r}" for key in files.cameras()}
     for key in keys:
         if reason := not_rgb(files.features[key], where[key]):
@@ -200,7 +204,8 @@ def read_image(
     try:
         video = reader(path, files.folder.check)
         check_video(video, (height, width))
-        pixels = video.read_at(start, episode.length, frame, seconds, files.info.fps)
+        counted = episode.counted.get(key)
+        pixels = video.read_at(start, episode.length, frame, seconds, files.info.fps, counted)
     except (VideoError, DatasetError, IndexError) as error:
         raise DatasetError(f"{where}: {error}") from error
     return Image.fromarray(pixels)

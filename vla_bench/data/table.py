@@ -10,6 +10,7 @@ __all__ = ['window', 'read_file', 'runs', 'Table', 'check_episode_rows', 'check_
 
 # %% ../../nbs/data/56_table.ipynb #d307f7ef
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -108,6 +109,19 @@ def check_numbers(files: DatasetFiles, columns: Mapping[str, np.ndarray], spans:
         )
 
 # %% ../../nbs/data/56_table.ipynb #a6075dd0
+def _read_all(files: DatasetFiles, widths: Mapping[str, int]) -> dict[Path, dict[str, np.ndarray]]:
+    """Each data file once; many files, as v2 has them, by a few threads."""
+    first: dict[Path, Episode] = {}
+    for episode in files.episodes:
+        if episode.length:
+            first.setdefault(episode.data, episode)
+    read = lambda episode: read_file(files, episode, widths)
+    if len(first) < 32:
+        return {path: read(episode) for path, episode in first.items()}
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(first, pool.map(read, first.values())))
+
+
 def read_table(
     files: DatasetFiles,
     action_key: str,
@@ -117,15 +131,9 @@ def read_table(
     spans = {"action": find_spans(files, "action", action_key)}
     spans |= {"state": find_spans(files, "state", state_key)} if state_key else {}
     widths = {name: width for s in spans.values() for name, width in s.widths.items()}
-    read: dict[Path, dict[str, np.ndarray]] = {}
-    found: dict[Path, dict[int, tuple[int, int]]] = {}
-    rows: dict[int, tuple[int, int]] = {}
-    for episode in files.episodes:
-        path = episode.data
-        if path not in read and episode.length:
-            read[path] = read_file(files, episode, widths)
-            found[path] = runs(path, read[path]["episode_index"][:, 0])
-        rows[episode.index] = check_episode_rows(episode, found.get(path, {}).get(episode.index))
+    read = _read_all(files, widths)
+    found = {path: runs(path, columns["episode_index"][:, 0]) for path, columns in read.items()}
+    rows = {e.index: check_episode_rows(e, found.get(e.data, {}).get(e.index)) for e in files.episodes}
     names = next(iter(read.values()))
     parts = [(read[e.data], slice(*rows[e.index])) for e in files.episodes]
     joined = {n: np.concatenate([columns[n][where] for columns, where in parts]) for n in names}

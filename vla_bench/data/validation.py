@@ -74,13 +74,17 @@ def check_file(files: DatasetFiles, path: Path, episodes: Sequence[Episode], fir
     for name, feature in files.features.items():
         if feature.dtype not in ("video", "language") and name not in names:
             yield f"{path}: no column {name!r}, which info.json declares"
+    for name in names:
+        if name not in files.features and not name.startswith("__"):  # pandas' own
+            yield f"{path}: column {name!r}, which info.json does not declare"
     if rows != (expected := sum(e.length for e in episodes)):
         yield f"{path}: holds {rows} rows, its episodes {expected}"
-    elif (
-        "index" in names
-        and (read_columns(files.folder, path, ["index"])["index"][:, 0] != first + np.arange(rows)).any()
-    ):
-        yield f"{path}: index does not count {first}..{first + rows - 1}"
+    elif "index" in names:
+        try:
+            if (read_columns(files.folder, path, ["index"])["index"][:, 0] != first + np.arange(rows)).any():
+                yield f"{path}: index does not count {first}..{first + rows - 1}"
+        except DatasetError as error:
+            yield str(error)
 
 # %% ../../nbs/data/58_validation.ipynb #b010fe9c
 def check_video_rows(
@@ -103,7 +107,8 @@ def check_video_rows(
         start = episode.videos[key][1]
         try:
             for frame in (0, episode.length - 1):
-                place = video.locate(start, episode.length, frame, float(seconds[frame] - seconds[0]), fps)
+                after, counted = float(seconds[frame] - seconds[0]), episode.counted.get(key)
+                place = video.locate(start, episode.length, frame, after, fps, counted)
         except VideoError as error:
             yield f"{error}: episode {episode.index} of {key}"
             continue

@@ -112,6 +112,8 @@ class VideoReader:
         try:
             self._container = av.open(str(path))
             self._stream = self._container.streams.video[0]
+            if self._stream.codec_context is None:
+                raise VideoError(f"{path}: cannot be opened as a video (its codec is not known)")
             self._stream.thread_type = "SLICE"
             self._stream.codec_context.thread_count = (
                 1  # more threads only wait for each other on small frames
@@ -238,12 +240,18 @@ def locate(
     frame: int,  # of the episode
     seconds: float,  # from the episode's first row to this one
     fps: float,  # Hz, of the dataset
+    counted: tuple[int, int] | None = None,  # frames of the episodes before it in the file, and of all there
 ) -> int:  # the frame's index in the file
     """Where a row's frame is. Raises `VideoError` when video and time stamps do not agree."""
     times, half = self._seconds, 0.5 / fps
     first = bisect_left(times, start - half)
     if first == len(times) or times[first] - start >= half:
         raise VideoError(f"{self.path}: no frame is shown at {start:.3f} s, where the episode begins")
+    if counted and counted[1] == len(times) and counted[0] != first:
+        raise VideoError(
+            f"{self.path}: at {start:.3f} s, where the episode begins, frame {first} is shown, but {counted[0]} frames "
+            "belong to the episodes before it"
+        )
     if first + length > len(times):
         raise VideoError(f"{self.path}: {len(times) - first} frames from {start:.3f} s on, expected {length}")
     lasting = times[first + length - 1] - times[first]
@@ -259,10 +267,16 @@ def locate(
 
 @patch
 def read_at(
-    self: VideoReader, start: float, length: int, frame: int, seconds: float, fps: float
+    self: VideoReader,
+    start: float,
+    length: int,
+    frame: int,
+    seconds: float,
+    fps: float,
+    counted: tuple[int, int] | None = None,
 ) -> np.ndarray:  # uint8 [H, W, 3] RGB
     """The frame of a row of an episode, see `locate`. Raises `VideoError`."""
-    return self._read(lambda: self.locate(start, length, frame, seconds, fps), lookahead=8)
+    return self._read(lambda: self.locate(start, length, frame, seconds, fps, counted), lookahead=8)
 
 # %% ../../nbs/data/30_video.ipynb #3dc825c7
 _OPEN: OrderedDict[tuple[int, str], VideoReader] = OrderedDict()

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,14 @@ from vla_bench.training.checkpoint import (
 )
 from .data import Data, DataSettings, open_data, policy_specs
 from .loop import AugmentedView, BatchSampler
-from .optim import flat_learning_rates, freeze_modules, parameter_groups, warmup_cosine
+from vla_bench.training.optim import (
+    flat_learning_rates,
+    freeze_modules,
+    parameter_groups,
+    parts_table,
+    warmup_cosine,
+)
+from .pretrained import load_pretrained, module_paths
 
 # %% ../../nbs/training/25_run.ipynb #c8f85b2d
 @dataclass
@@ -85,6 +92,8 @@ class TrainerSettings:
     eval_interval: int = 500
     save_interval: int = 1000
     eval_samples: int = 1024  # held-out frames per evaluation, evenly spread
+    pretrained_checkpoint: str | None = None  # weights to start from: see `load_pretrained`
+    reload_modules: Any = None  # module paths to load from it, a list or separated by commas; all without
     resume: Any = (
         False  # true: continue the run that the folder holds; last_good: from its newest whole checkpoint
     )
@@ -100,10 +109,15 @@ class TrainerSettings:
         for path, rate in flat_learning_rates(self.learning_rate).items():
             key = ".".join(filter(None, ("trainer.learning_rate", path)))
             require(is_number(rate) and rate >= 0, key, "a finite number, not below 0", rate)
-        frozen = self.freeze_modules
-        paths = frozen if isinstance(frozen, (list, tuple)) else [frozen or ""]
-        texts = all(isinstance(path, str) for path in paths)
-        require(texts, "trainer.freeze_modules", "module paths, a list or separated by commas", frozen)
+        for key in ("freeze_modules", "reload_modules"):
+            named = vars(self)[key]
+            paths = named if isinstance(named, (list, tuple)) else [named or ""]
+            texts = all(isinstance(path, str) for path in paths)
+            require(texts, f"trainer.{key}", "module paths, a list or separated by commas", named)
+        if module_paths(self.reload_modules) and not self.pretrained_checkpoint:
+            raise ConfigError(
+                "trainer.reload_modules needs trainer.pretrained_checkpoint, the weights to load from"
+            )
         _check_optimizer(self)
 
 
@@ -349,6 +363,8 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     view: AugmentedView  # the training data, addressed by (position, row)
     step: int = 0  # optimizer steps done
+    parts: list[dict[str, Any]] = field(default_factory=list)  # what is trained, see `parts_table`
+    losses: dict[str, float] = field(default_factory=dict)  # of the last step, as the framework names them
 
     @cached_property
     def identity(self) -> dict[str, dict[str, Any]]:
@@ -524,12 +540,17 @@ def set_up(cfg: Config) -> Run:
     checkpoint = find_resume(cfg, folder, settings.resume)
     set_seed(seed)
     framework = load_framework(model, data, checkpoint)
+    if settings.pretrained_checkpoint and not checkpoint:
+        report = load_pretrained(framework, settings.pretrained_checkpoint, settings.reload_modules)
+        accelerator.print(report, file=sys.stderr)
     optimizer, scheduler = make_optimizer(framework, settings)
+    parts = parts_table(framework, optimizer.param_groups)
     set_seed(seed, device_specific=True)
     wrapped, stepper = accelerator.prepare(framework, optimizer)
     view = AugmentedView(data.train, seed, sources.shift_pixels, sources.state_noise, data.transforms)
     spec = next(iter(policy_specs(data).values()))
     run = Run(folder, seed, settings, data, spec, accelerator, framework, wrapped, stepper, scheduler, view)
+    run.parts = parts
     if checkpoint:
         restore(run, checkpoint, optimizer)
     accelerator.wait_for_everyone()

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from vla_bench.models.backbones import hub
 from vla_bench.models.backbones.loading import load_vlm
 from vla_bench.models.backbones.processor import load_processor, model_type
-from vla_bench.models.backbones.tiny import write_tiny
+from vla_bench.models.backbones.tiny import BUILDERS, write_tiny
 from vla_bench.models.backbones.tiny_composed import write_tiny_component
 from vla_bench.models.frameworks.build import build_framework
 from vla_bench.models.frameworks.framework import Framework
@@ -126,6 +126,12 @@ def test_a_checkpoint_of_ours_is_never_asked_for(asked, load):
     for name in (*PATHS[1:], "someone/some-model"):
         with pytest.raises(FileNotFoundError):
             load(name)
+    assert asked == []
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_no_family_asks_for_anything_beside_its_folder(home, asked, kind):
+    load_vlm(home / kind)
     assert asked == []
 
 

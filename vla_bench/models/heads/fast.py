@@ -411,6 +411,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--horizon", required=True, type=int, help="actions in a chunk: framework.action_horizon"
     )
     fit.add_argument("--out", required=True, help="folder to write; head argument `tokenizer`")
+    fit.add_argument("--action_key", default="action", help="as datasets.vla_data.action_key")
+    fit.add_argument("--cameras", nargs="+", help="as datasets.vla_data.cameras")
+    fit.add_argument("--follow_links", action="store_true", help="as datasets.vla_data.follow_links")
     fit.add_argument("--vocab_size", type=int, default=1024)
     fit.add_argument("--scale", type=float, default=10.0, help="steps per unit of a coefficient")
     fit.add_argument(
@@ -428,7 +431,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _fit(options: argparse.Namespace) -> None:
     if options.limit < 1:
         raise ValueError(f"--limit {options.limit} leaves no window to fit on")
-    dataset = LeRobotDataset(options.dataset, horizon=options.horizon, state_key=None)
+    dataset = LeRobotDataset(
+        options.dataset,
+        horizon=options.horizon,
+        cameras=options.cameras,
+        action_key=options.action_key,
+        state_key=None,
+        follow_links=options.follow_links,
+    )
     actions, mode = dataset.columns["action"], options.mode
     normalizer = Normalizer(compute_statistics(actions), mode[0] if len(mode) == 1 else mode)
     chunks = action_windows(normalizer.normalize(actions), dataset.starts, options.horizon, options.limit)

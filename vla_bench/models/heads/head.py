@@ -156,6 +156,14 @@ def layer_classes(self: ActionHead) -> set[type[nn.Module]]:
 
 
 @patch
+def get_fsdp_wrapping_policy(self: ActionHead) -> None:
+    """FluxVLA's name of `layer_classes`: always raises `AttributeError`, which says so."""
+    raise AttributeError(
+        "get_fsdp_wrapping_policy is FluxVLA's; here it is layer_classes(), a set of classes"
+    )
+
+
+@patch
 def save_assets(self: ActionHead, folder: str | Path) -> None:
     """Writes the head's own files, such as a tokenizer's; a loaded head gets the folder as `tokenizer`."""
 
