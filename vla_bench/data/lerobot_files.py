@@ -53,6 +53,7 @@ class DatasetFiles:
     tasks: dict[int, str]  # by task_index, never by position in a list
     modality: Modality = field(default_factory=Modality)  # meta/modality.json, when there is one
     folder: Folder = field(kw_only=True)  # checks every file before it is opened
+    shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict, repr=False)  # see `feature_shape`
 
     @property
     def features(self) -> dict[str, Feature]:

@@ -133,9 +133,10 @@ class VideoReader:
     def _set_times(self, ticks: np.ndarray) -> None:
         if not len(ticks):
             raise VideoError(f"{self.path}: holds no frame")
-        self._ticks = ticks  # int64 [N], presentation times in the stream's time base
         self.times = (ticks - ticks[0]) * float(self._stream.time_base)  # seconds after the first frame
-        self._seconds = self.times.tolist()  # the same as plain numbers, which are faster one by one
+        # as plain numbers, which are faster one by one; ticks are in the stream's time base
+        self._ticks, self._seconds = ticks.tolist(), self.times.tolist()
+        self._second = int(1 / self._stream.time_base)  # ticks in a second
         self.frame_count = len(ticks)
         self.fps = (len(ticks) - 1) / self.times[-1] if len(ticks) > 1 else float(self._stream.average_rate)
         self._frames, self._at = iter(()), None  # the decoder's output, the index of its last frame
@@ -154,7 +155,9 @@ def _seek(self: VideoReader, place: int, target: int) -> int:  # decoding time o
     while True:
         self._container.seek(place, stream=self._stream, backward=True)
         packets = self._container.demux(self._stream)
-        first = next(packet for packet in packets if packet.is_keyframe or packet.pts is None)
+        first = next(packets)
+        while not (first.is_keyframe or first.pts is None):
+            first = next(packets)
         if first.pts is None or first.pts <= target or first.dts is None or first.dts > place:
             break  # the last: there is no key frame further back
         place = first.dts - 1
@@ -167,10 +170,12 @@ def _seek(self: VideoReader, place: int, target: int) -> int:  # decoding time o
 def _decoded(
     self: VideoReader, first: av.Packet, packets: Iterator[av.Packet], floor: int
 ) -> Iterator[av.VideoFrame]:
-    for packet in chain([first], packets):
+    for packet in chain((first,), packets):
         if self._from_table and packet.pts != packet.dts:
             raise _Reordered
-        yield from (frame for frame in packet.decode() if frame.pts is not None and frame.pts >= floor)
+        for frame in packet.decode():
+            if frame.pts is not None and frame.pts >= floor:
+                yield frame
 
 # %% ../../nbs/data/30_video.ipynb #ad8a0656
 @patch
@@ -178,28 +183,23 @@ def _advance(self: VideoReader, target: int) -> av.VideoFrame | None:
     """Decodes on to the frame that is shown at `target`; None when it is passed over."""
     for frame in self._frames:
         if frame.pts >= target:
-            self._at = int(np.searchsorted(self._ticks, frame.pts))
+            self._at = bisect_left(self._ticks, frame.pts)
             return frame if frame.pts == target else None
     return None
 
 
 @patch
 def _decode_until(self: VideoReader, index: int, lookahead: int) -> av.VideoFrame | None:
-    target = place = int(self._ticks[index])
+    target = place = self._ticks[index]
     if self._at is not None and self._at < index <= self._at + lookahead:
         if frame := self._advance(target):
             return frame
-    for further in (1, 2 * self._second(), int(target - self._ticks[0]), 0):
+    for further in (1, 2 * self._second, target - self._ticks[0], 0):
         began = self._seek(place, target)
         if frame := self._advance(target):
             return frame
         place = min(began, place) - further
     return None
-
-
-@patch
-def _second(self: VideoReader) -> int:
-    return int(1 / self._stream.time_base)
 
 # %% ../../nbs/data/30_video.ipynb #dbff164d
 @patch
