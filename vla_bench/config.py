@@ -169,6 +169,8 @@ NAMES = (
     "run_id",
     "framework.prompt",
     "framework.vlm.base_vlm",
+    "framework.pretrained_name_or_path",
+    "trainer.pretrained_checkpoint",
     *(f"datasets.vla_data.{key}" for key in ("root", "cameras", "action_key", "state_key")),
     *(f"evaluation.{key}" for key in ("benchmark", "tasks")),
 )
@@ -202,6 +204,8 @@ def _typed(key: str, text: str, present: Any) -> Any:
     except Exception as error:  # of YAML's parser, its constructors or OmegaConf's grammar
         reason = " ".join(str(error).split())
         raise ConfigError(f"{key}={text}: not a value that YAML can read ({reason}); quote it") from error
+    if canonical_key(key) == "trainer.learning_rate" and isinstance(value, (int, float, dict)):
+        return value  # one rate for all, or one for each module, whichever the file has
     kind = type(present)
     number = isinstance(present, (int, float)) and not isinstance(present, bool)
     fits = present is None or value is None or isinstance(value, kind)
@@ -330,8 +334,6 @@ def _is_at_or_below(key: str, others: Iterable[str]) -> bool:
 
 # %% ../nbs/20_config.ipynb #668a74c9
 NOT_YET = {
-    "trainer.pretrained_checkpoint": "starting from the weights of another run",
-    "trainer.reload_modules": "loading some modules of another run",
     "trainer.loss_scale": "co-training, and weights of its losses,",
     "datasets.vlm_data": "co-training with data of images and text",
     "wandb_project": "logging to Weights & Biases",
@@ -551,6 +553,7 @@ def require_read(self: Config) -> None:
     for section, (module, name) in OTHER_PROGRAMS.items():
         if section in self and not any(_is_at_or_below(key, [section]) for key in self._read):
             Config(self._tree, **shared).section(section).into(vars(import_module(module))[name])
+            self._read.update(_below(self._tree, section))  # checked there, and kept for that program
     for key, spelling in self._overrides.items():
         if not _is_read(key, self._read) and not _is_at_or_below(key, NOT_YET):
             leaves = {k for k in self._read if not any(o.startswith(k + ".") for o in self._read)}

@@ -8,7 +8,8 @@ Docs: https://vla-bench.github.io/vla_bench/files.html.md"""
 __all__ = ['Kind', 'MANIFEST', 'ALWAYS_VERIFIED', 'NotWrittenError', 'size_text', 'writing', 'write_whole', 'write_text', 'sync',
            'write_whole_folder', 'kind_name', 'is_kind', 'check_fields', 'write_json', 'read_json', 'read_jsonl',
            'append_jsonl', 'naming', 'file_hash', 'sample_hash', 'write_manifest', 'read_manifest',
-           'manifest_differences', 'check_manifest', 'FolderInUseError', 'hold_folder', 'check_not_in_use']
+           'manifest_differences', 'check_manifest', 'list_checkpoints', 'checkpoint_step', 'checkpoint_of',
+           'FolderInUseError', 'hold_folder', 'check_not_in_use']
 
 # %% ../nbs/05_files.ipynb #files002
 import errno
@@ -19,6 +20,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -347,6 +349,35 @@ def check_manifest(folder: Path, *, verify: bool = False, without: str | None = 
             f"{folder} is not as it was saved: {'; '.join(lines[:3])}{more}; restore it, or delete its {MANIFEST} "
             "if the change is meant"
         )
+
+# %% ../nbs/05_files.ipynb #files061
+_NAME = re.compile(r"step_(\d{6}|[1-9]\d{6,})", re.ASCII)
+
+
+def list_checkpoints(run: str | Path) -> list[Path]:  # oldest first
+    """The checkpoints of a run; what has another name than a training gives is none."""
+    found = [path for path in Path(run).glob("checkpoints/step_*") if path.is_dir()]
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=checkpoint_step)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Optimizer steps that a checkpoint has seen."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def checkpoint_of(folder: str | Path) -> Path:
+    """The newest whole checkpoint of a run; any other folder, or file, as it is. Raises `ValueError` without a whole one."""
+    checkpoints = list_checkpoints(folder)
+    for checkpoint in reversed(checkpoints):
+        try:
+            check_manifest(checkpoint, without="trainer")
+        except ValueError as error:
+            print(f"not taken, {checkpoint.name}: {error}", file=sys.stderr)
+        else:
+            return checkpoint
+    if checkpoints:
+        raise ValueError(f"{folder}: none of its {len(checkpoints)} checkpoints is whole")
+    return Path(folder)
 
 # %% ../nbs/05_files.ipynb #files041
 class FolderInUseError(OSError):

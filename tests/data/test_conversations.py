@@ -218,3 +218,63 @@ def test_a_dataset_of_conversations_can_be_given_to_worker_processes(settings):
     dataset = open_conversations(settings)
     loader = torch.utils.data.DataLoader(dataset, batch_size=2, num_workers=1, collate_fn=_origins)
     assert sum(map(len, loader)) == 23
+
+
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    "",
+    " ",
+    "<image>",
+    "gtp",
+    "../../x.png",
+    [],
+    {},
+    [None],
+    {"a": 1},
+    "x" * 300,
+    "\ud800",
+]
+
+
+def damaged(rng, entry):
+    """An entry with one value, key or element changed somewhere."""
+    entry = json.loads(json.dumps(entry))
+    places = [(entry, key) for key in entry]
+    for turn in entry["conversations"]:
+        places += [(turn, key) for key in turn]
+    places += [(entry["conversations"], place) for place in range(len(entry["conversations"]))]
+    holder, key = places[rng.integers(len(places))]
+    what = rng.integers(3)
+    if what == 0:
+        holder[key] = ODD[rng.integers(len(ODD))]
+    elif what == 1:
+        del holder[key]
+    elif isinstance(holder, list):
+        holder.insert(key, holder[key])
+    else:
+        holder["from" if rng.random() < 0.5 else "image"] = holder[key]
+    return entry
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_damaged_entry_is_read_or_named_in_one_line(home, tmp_path, seed):
+    """A hundred damages each: nothing but one line that names the entry, and never another error."""
+    rng, refused = np.random.default_rng(seed), 0
+    entries = json.loads((home / "carpets.json").read_text())
+    for _ in range(100):
+        (tmp_path / "a.json").write_text(json.dumps([damaged(rng, entries[rng.integers(len(entries))])]))
+        source = ConversationSource("a", tmp_path / "a.json", home / "images")
+        problems = conversation_problems(source)
+        try:
+            dataset = ConversationDataset([source])
+            assert [len(dataset[0]["messages"]) > 0, len(dataset)] == [True, 1]
+            assert problems == []
+        except ConversationError as error:
+            refused += 1
+            assert problems == [str(error)]
+            assert "a.json entry 0" in str(error) and "\n" not in str(error)
+    assert 30 < refused < 100

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from vla_bench.data.layout import Layout, PolicySpec, spec_from_dict, spec_to_dict
 from vla_bench.data.normalize import Normalizer, Statistics, save_statistics, statistics_hash
 from vla_bench.files import write_manifest
+from vla_bench.models.attention_map import AttentionMap
 from vla_bench.serving import policy as policy_module
 from vla_bench.serving.policy import Policy, load_normalizers
 
@@ -117,7 +118,9 @@ class Echo(torch.nn.Module):
         return {"normalized_actions": torch.randn(1, 5, 3, generator=generator).numpy()}
 
     def attention_maps(self, examples, *, generator):
-        return [(examples, torch.randn(2, generator=generator).tolist())]
+        self.seen.append(examples)
+        noise = torch.rand(2, 4, 6, generator=generator).numpy()
+        return [AttentionMap(list(noise), [("go", 0.5)])]
 
 
 @pytest.fixture
@@ -149,8 +152,10 @@ def test_each_dimension_of_an_action_is_scaled_back_by_its_own_mode(echo, seed):
 
 
 def test_attention_starts_from_one_fixed_noise(echo):
-    (sample,), noise = echo.attention(SEEN)
-    assert noise == torch.randn(2, generator=torch.Generator().manual_seed(0)).tolist()
+    found, ((sample,),) = echo.attention(SEEN), echo.framework.seen
+    noise = torch.rand(2, 4, 6, generator=torch.Generator().manual_seed(0)).numpy()
+    np.testing.assert_array_equal(found.images, noise)
+    assert found.words == [("go", 0.5)]
     np.testing.assert_allclose(sample["state"], [0.5, -0.5])
 
 
@@ -348,3 +353,93 @@ def test_the_program_compares_every_byte_when_told_to(run, monkeypatch):
     for words in ([], ["--verify"]):
         policy_module.main([str(run), *words])
     assert asked == [False, True]
+
+
+# --- a framework or a head that returns rubbish ---------------------------------------------------------------------
+
+CHUNK = np.zeros((1, 4, 2), np.float32)  # horizon 4, two numbers an action
+PREDICTED = {
+    "nothing": (None, "NoneType"),
+    "an array": (CHUNK, "ndarray"),
+    "another key": ({"actions": CHUNK}, r"\['actions'\]"),
+    "a list": ({"normalized_actions": CHUNK.tolist()}, "a list"),
+    "a tensor": ({"normalized_actions": torch.zeros(1, 4, 2)}, "a Tensor"),
+    "complex numbers": ({"normalized_actions": CHUNK * 1j}, "complex64"),
+    "whole numbers": ({"normalized_actions": CHUNK.astype(int)}, "int64"),
+    "text": ({"normalized_actions": CHUNK.astype(str)}, "<U"),
+    "no batch": ({"normalized_actions": CHUNK[0]}, r"float32 \[4, 2\]"),
+    "another horizon": ({"normalized_actions": CHUNK[:, 1:]}, r"float32 \[1, 3, 2\]"),
+    "another action": ({"normalized_actions": CHUNK[..., :1]}, r"float32 \[1, 4, 1\]"),
+    "NaN": ({"normalized_actions": CHUNK * np.nan}, "numbers that are not finite at step 0"),
+    "infinity": (
+        {"normalized_actions": np.where(np.arange(4)[:, None] < 2, CHUNK, np.inf)},
+        "numbers that are not finite at step 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PREDICTED)
+def test_a_prediction_that_is_no_chunk_is_refused_with_the_frameworks_name(
+    policy, observation, monkeypatch, case
+):
+    returned, named = PREDICTED[case]
+    monkeypatch.setattr(policy.framework, "predict_action", lambda *args, **options: returned)
+    with pytest.raises(ValueError, match=f"^LlavaVLA predicted {named}.*; expected") as caught:
+        policy.predict(observation, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+IMAGE = np.full((2, 2), 0.25, np.float32)
+MAPS = {
+    "nothing": (None, "a NoneType"),
+    "no map": ([], "a list"),
+    "two maps": ([AttentionMap([IMAGE], [])] * 2, "a list"),
+    "a map that is no list": (AttentionMap([IMAGE], []), "a AttentionMap"),
+    "a dictionary": ([{"images": [IMAGE]}], "a dict"),
+    "too many images": ([AttentionMap([IMAGE, IMAGE], [])], "an AttentionMap of 2 images"),
+    "a tensor": ([AttentionMap([torch.ones(2, 2)], [])], r"an AttentionMap of 1 images \['Tensor'\]"),
+    "no list of images": ([AttentionMap(None, [])], "an AttentionMap of NoneType and list"),
+    "no list of words": ([AttentionMap([IMAGE], 7)], "an AttentionMap of list and int"),
+    "a row of patches": ([AttentionMap([IMAGE.ravel()], [])], r"float32 \[4\]"),
+    "complex numbers": ([AttentionMap([IMAGE * 1j], [])], r"complex64 \[2, 2\]"),
+    "NaN": ([AttentionMap([IMAGE * np.nan], [])], "numbers that are negative or not finite"),
+    "negative numbers": ([AttentionMap([-IMAGE], [])], "numbers that are negative or not finite"),
+    "words alone": ([AttentionMap([IMAGE], ["open"])], "'open'"),
+    "a share of text": ([AttentionMap([IMAGE], [("open", "0.5")])], r"\('open', '0.5'\)"),
+    "a share of NaN": ([AttentionMap([IMAGE], [("open", float("nan"))])], r"\('open', nan\)"),
+}
+
+
+@pytest.mark.parametrize("case", MAPS)
+def test_maps_that_are_none_are_refused_with_the_frameworks_name(policy, observation, monkeypatch, case):
+    returned, named = MAPS[case]
+    monkeypatch.setattr(policy.framework, "attention_maps", lambda *args, **options: returned)
+    with pytest.raises(ValueError, match=f"^LlavaVLA gave {named}.*attention.*; expected") as caught:
+        policy.attention(observation)
+    assert "\n" not in str(caught.value)
+
+
+ATTENTION = {  # what a head's `attention` returns, made of what it should be [B, L]
+    "nothing": (lambda right: None, "a NoneType"),
+    "an array": (lambda right: right.numpy(), "a ndarray"),
+    "complex numbers": (lambda right: right.to(torch.complex64), "torch.complex64"),
+    "whole numbers": (lambda right: right.long(), "torch.int64"),
+    "no batch": (lambda right: right[0], "torch.float32"),
+    "two samples": (lambda right: right.repeat(2, 1), "torch.float32"),
+    "one token too few": (lambda right: right[:, 1:], "torch.float32"),
+    "a number per head": (lambda right: right[:, None], "torch.float32"),
+    "NaN": (lambda right: right * float("nan"), "nan as the attention of sample 0 to token 0"),
+    "negative numbers": (lambda right: right - 1, "-1.0 as the attention of sample 0 to token 0"),
+}
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_a_heads_attention_that_is_none_is_refused_with_its_name(policy, observation, monkeypatch, case):
+    wrong, named = ATTENTION[case]
+    head = policy.framework.action_model
+    monkeypatch.setattr(type(head), "offers_attention", True)
+    attention = lambda features, noise=None: wrong(torch.zeros(features.mask.shape))
+    monkeypatch.setattr(head, "attention", attention)
+    with pytest.raises(ValueError, match=rf"^TransformerHead gave {named}.*; expected a floating") as caught:
+        policy.attention(observation)
+    assert "\n" not in str(caught.value)

@@ -29,6 +29,7 @@ REFUSED = [
     ),
     ("trainer.mixed_precision", "fp8"),
     *(("trainer.freeze_modules", value) for value in ("5", "true", "[1]", "{vlm: 1}")),
+    *(("trainer.reload_modules", value) for value in ("5", "true", "[1]", "{vlm: 1}", "vlm")),
     *((f"{VLA}.held_out", value) for value in ("1", "1.0", "-0.1", "nan", "inf")),
     *((f"{VLA}.shift_pixels", value) for value in ("-1", "0.5", "true")),
     *((f"{VLA}.state_noise", value) for value in ("-0.1", "nan", "inf")),

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,6 +58,21 @@ def test_a_resumed_run_repeats_the_losses_and_the_weights(config, straight, loss
     expected, again = weights_of(straight.folder), weights_of(run)
     assert expected.keys() == again.keys()
     assert all(torch.equal(expected[key], again[key]) for key in expected)
+
+
+def test_a_resumed_run_accumulates_from_the_same_place_and_trains(config, losses, monkeypatch):
+    options, modes, clean = "--trainer.gradient_accumulation_steps 2", set(), imitation.update
+    expected = losses(train(config(f"{options} --run_id straight")))
+
+    def watching(run, batches):
+        modes.update(module.training for module in run.model.modules())
+        return clean(run, batches)
+
+    run = train(config(options))
+    shutil.rmtree(latest_checkpoint(run))
+    monkeypatch.setattr(imitation, "update", watching)
+    train(load_config(run, "--trainer.resume true"))
+    assert losses(run) == expected and modes == {True}
 
 
 def test_a_policy_in_bfloat16_leaves_the_training_in_float32(config, straight, losses):
@@ -190,8 +206,9 @@ def test_accumulation_is_exact_although_chunks_hold_padding(config):
 
 def test_two_processes_train_like_one(config, losses, tmp_path):
     """Two processes with batch 2 see in each step what one process with batch 4 sees."""
-    alone = train(config("--run_id alone --trainer.per_device_batch_size 4"))
-    config("--run_id pair --trainer.per_device_batch_size 2").save(tmp_path / "pair.yaml")
+    measured = "--trainer.eval_samples 8"  # four for each
+    alone = train(config(f"--run_id alone --trainer.per_device_batch_size 4 {measured}"))
+    config(f"--run_id pair --trainer.per_device_batch_size 2 {measured}").save(tmp_path / "pair.yaml")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "vla_bench.training.imitation", "--config_yaml", tmp_path / "pair.yaml"]
@@ -199,6 +216,8 @@ def test_two_processes_train_like_one(config, losses, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     pair = tmp_path / "pair"
     np.testing.assert_allclose(losses(pair), losses(alone), rtol=1e-3)
+    (ours,), (theirs,) = evaluations_of(pair), evaluations_of(alone)
+    assert ours == pytest.approx(theirs, rel=1e-3)
     assert len(json.loads((latest_checkpoint(pair) / "trainer/rng.json").read_text())) == 2
 
 
@@ -229,3 +248,177 @@ def test_the_program_reports_an_error_of_the_user_in_one_line(config, tmp_path, 
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and "trainer.max_train_steps" in err and "Traceback" not in err
+
+
+@pytest.fixture
+def by_intervals(config):
+    """Seven steps with intervals that do not divide them."""
+    intervals = "--trainer.log_interval 2 --trainer.eval_interval 3 --trainer.save_interval 4"
+    return train(config(f"--trainer.max_train_steps 7 {intervals}"))
+
+
+def test_what_happens_at_intervals_happens_there_and_at_the_end(by_intervals):
+    rows = read_metrics(by_intervals / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4, 6, 7]
+    assert [row["step"] for row in rows if "eval/action_error" in row] == [3, 6, 7]
+    assert [path.name for path in list_checkpoints(by_intervals)] == ["step_000004", "step_000007"]
+
+
+def test_a_checkpoint_holds_the_weights_of_its_step(by_intervals, config):
+    run = train(config("--run_id four --trainer.max_train_steps 7 --trainer.save_interval 1"))
+    for name in ("step_000004", "step_000007"):
+        ours, theirs = (
+            load_file(r / "checkpoints" / name / "model.safetensors") for r in (by_intervals, run)
+        )
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert json.loads((run / "checkpoints" / name / "trainer/progress.json").read_text())["step"] == int(
+            name[5:]
+        )
+
+
+def test_the_first_loss_is_the_mean_error_over_actions_that_are_there(config, losses):
+    one = "--trainer.max_train_steps 1 --trainer.warmup_steps 0 --trainer.per_device_batch_size 12"
+    run, probe = train(config(one)), set_up(config(f"{one} --run_id probe"))
+    samples = [probe.view[key] for key in probe.sampler().batch(0)]
+    predicted = probe.framework.predict_action(samples)["normalized_actions"]
+    valid = ~np.stack([sample["action_is_pad"] for sample in samples])
+    assert not valid.all(), "choose another seed: this test needs a chunk beyond an episode's end"
+    errors = np.abs(predicted - np.stack([sample["action"] for sample in samples]))
+    ((_, loss, _),) = losses(run)
+    assert loss == pytest.approx(errors[valid].mean(), rel=1e-5)
+
+
+def test_what_stands_beyond_an_episodes_end_is_not_learned(config, monkeypatch, losses):
+    expected, clean = losses(train(config("--run_id clean"))), AugmentedView.__getitem__
+
+    def spoilt(self, key):
+        sample = clean(self, key)
+        action = np.where(sample["action_is_pad"][:, None], np.float32(1e3), sample["action"])
+        return {**sample, "action": action}
+
+    monkeypatch.setattr(AugmentedView, "__getitem__", spoilt)
+    np.testing.assert_allclose(losses(train(config())), expected, rtol=1e-6)
+
+
+def test_a_chunk_is_padded_from_the_episodes_end_on(config):
+    data = set_up(config()).data.train
+    starts = data.dataset.starts
+    for start, length in zip(starts, np.diff([*starts, len(data)])):
+        padded = [data[int(start) + frame]["action_is_pad"].sum() for frame in range(length)]
+        assert padded == [max(0, frame + 4 - length) for frame in range(length)]
+
+
+@pytest.mark.parametrize("micro_batch, place", [(0, 3), (1, 0), (1, 2)])
+def test_the_offending_sample_is_named_in_any_micro_batch(config, monkeypatch, micro_batch, place):
+    options = "--trainer.gradient_accumulation_steps 2 --trainer.warmup_steps 0"
+    run = set_up(config(options))
+    stream = stream_of(run)
+    update(run, [next(stream), next(stream)])
+    key = run.sampler().batch(2 + micro_batch)[place]
+    clean = AugmentedView.__getitem__
+
+    def spoilt(self, asked):
+        sample = clean(self, asked)
+        return {**sample, "action": sample["action"] + np.float32(3e38)} if asked == key else sample
+
+    monkeypatch.setattr(AugmentedView, "__getitem__", spoilt)
+    batches = [run.framework.prepare([run.view[k] for k in run.sampler().batch(n)]) for n in (2, 3)]
+    with pytest.raises(FloatingPointError) as error:
+        update(run, batches)
+    origin = run.data.train[key[1]]["origin"]
+    assert str(error.value).startswith("step 2: the loss is") and str(error.value).endswith(
+        f"finite: {origin}"
+    )
+
+
+@pytest.mark.parametrize("norm", [np.inf, np.nan])
+def test_a_gradient_that_is_not_finite_stops_before_the_weights(config, monkeypatch, norm):
+    run = set_up(config("--trainer.warmup_steps 0"))
+    before = {name: p.detach().clone() for name, p in run.framework.named_parameters()}
+    monkeypatch.setattr(run.accelerator, "clip_grad_norm_", lambda *_: torch.tensor(norm))
+    with pytest.raises(FloatingPointError) as error:
+        update(run, [next(stream_of(run))])
+    origins = [run.data.train[row]["origin"] for _, row in run.sampler().batch(0)]
+    assert f"step 1: the gradient's norm is {norm}; " in str(error.value)
+    assert str(error.value).endswith(f"learning rate and precision. The batch: {'; '.join(origins)}")
+    assert all(torch.equal(p, before[name]) for name, p in run.framework.named_parameters()) and run.step == 0
+
+
+def test_the_speed_is_the_mean_since_the_last_row(config, monkeypatch):
+    """A clock whose n-th reading is n²: step k waits 6k+1 seconds and computes 6k+3."""
+    readings = iter(range(10**6))
+    clock = SimpleNamespace(perf_counter=lambda: float(next(readings) ** 2))
+    monkeypatch.setattr(imitation, "time", clock)
+    sizes = "--trainer.per_device_batch_size 2 --trainer.gradient_accumulation_steps 2"
+    run = train(config(f"--trainer.log_interval 2 {sizes}"))
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+    for row, steps in zip(rows, ([0, 1], [2, 3], [4, 5]), strict=True):
+        waited, computed = (np.mean([6 * k + more for k in steps]) for more in (1, 3))
+        assert (row["data_s"], row["step_s"]) == (waited, computed)
+        assert row["samples_per_s"] == pytest.approx(4 / (waited + computed))
+
+
+@pytest.fixture
+def measured(config, monkeypatch):
+    """`measured(overrides)`: the rows that an evaluation draws, and its result."""
+
+    def evaluated(overrides: str, framework="OFT"):
+        run = set_up(config(overrides, framework))
+        seen, rows = [], type(run.data.held_out).__getitem__
+
+        def watching(self, row):
+            seen.append(row)
+            return rows(self, row)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(run.data.held_out), "__getitem__", watching)
+            found = imitation.evaluate(run)
+        assert run.framework.training == run.framework.action_model.training
+        return seen, found, run
+
+    return evaluated
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 1000])
+def test_an_evaluation_is_spread_evenly_over_what_is_held_out(measured, count):
+    rows, found, run = measured(f"--trainer.eval_samples {count}")
+    total = len(run.data.held_out)
+    expected = np.linspace(0, total - 1, min(count, total)).round().astype(int)
+    assert rows == expected.tolist() and np.isfinite(found["eval/action_error"])
+
+
+def test_an_evaluation_starts_from_the_same_noise_for_the_same_seed(measured):
+    _, first, run = measured("--run_id a", "GR00T")
+    torch.rand(5)
+    assert imitation.evaluate(run) == first
+    run.seed = 1
+    assert imitation.evaluate(run) != first
+
+
+def test_no_two_samples_of_an_evaluation_start_from_the_same_noise(config, monkeypatch):
+    run = set_up(config("--trainer.per_device_batch_size 3", "GR00T"))
+    drawn, draw = [], type(run.framework).draw_noise
+
+    def watching(self, features, generator):
+        drawn.append(draw(self, features, generator))
+        return drawn[-1]
+
+    monkeypatch.setattr(type(run.framework), "draw_noise", watching)
+    imitation.evaluate(run)
+    noise = torch.cat(drawn).flatten(1)
+    assert len(drawn) > 2 and len(torch.unique(noise, dim=0)) == len(noise) == len(run.data.held_out)
+
+
+def test_an_evaluation_leaves_the_model_training(measured):
+    _, _, run = measured("")
+    for mode in (True, False):
+        run.framework.train(mode)
+        imitation.evaluate(run)
+        assert {module.training for module in run.framework.modules()} == {mode}
+
+
+def test_a_run_that_holds_nothing_out_measures_nothing(measured):
+    rows, found, run = measured("--datasets.vla_data.held_out 0.0001", "OFT")
+    assert rows and found
+    run.data.held_out = None
+    assert imitation.evaluate(run) == {}

@@ -164,7 +164,7 @@ def register_conversations(
         raise ValueError(f"the conversations {name!r} are registered already, at {DATASETS[name]}")
     DATASETS[name] = entry
 
-# %% ../../nbs/data/70_conversation_files.ipynb #31c91f78
+# %% ../../nbs/data/70_conversation_files.ipynb #68dd70f6
 def find_source(
     word: str,  # "name" or "name%50"
     data_dict: Mapping[
@@ -192,7 +192,7 @@ def find_source(
     path = Path(entry["annotation_path"])
     return ConversationSource(name, path, Path(entry.get("data_path") or path.parent), percent)
 
-
+# %% ../../nbs/data/70_conversation_files.ipynb #17f64405
 def parse_dataset_use(
     text: str,  # "a,b%50"
     data_dict: Mapping[str, Any] = {},
@@ -208,7 +208,7 @@ def parse_dataset_use(
         raise ConversationError(f"{key}.dataset_use names {twice[0]!r} twice")
     return sources
 
-# %% ../../nbs/data/70_conversation_files.ipynb #59ca6480
+# %% ../../nbs/data/70_conversation_files.ipynb #0d1f7765
 def chosen_rows(
     source: ConversationSource,
     count: int,  # entries of the file
@@ -218,7 +218,7 @@ def chosen_rows(
     order = np.random.default_rng(zlib.crc32(source.name.encode())).permutation(count)
     return np.sort(order[:wanted])
 
-# %% ../../nbs/data/70_conversation_files.ipynb #d165409a
+# %% ../../nbs/data/70_conversation_files.ipynb #a2cf70f5
 def image_path(
     root: Path,  # `data_path`
     name: str,  # as the entry has it
@@ -228,5 +228,5 @@ def image_path(
     top = os.path.abspath(root)
     path = os.path.normpath(os.path.join(top, name))
     if os.path.commonpath([top, path]) != top or path == top:
-        raise ConversationError(f"{where} is {name!r}, which is not inside {root}")
+        raise ConversationError(f"{where} is {name!r}, which is not inside {root}, the dataset's data_path")
     return Path(path)

@@ -120,7 +120,18 @@ class ConversationSettings:
             above = f"at least {KEY}.min_pixels, which is {self.min_pixels}"
             require(self.max_pixels >= self.min_pixels, f"{KEY}.max_pixels", above, self.max_pixels)
 
-# %% ../../nbs/data/72_conversations.ipynb #1c51dcc3
+# %% ../../nbs/data/72_conversations.ipynb #cf8b01f6
+def _chosen(source: ConversationSource) -> Iterator[tuple[int, Any]]:
+    """The entries that count, each with its number in the file."""
+    entries = read_entries(source.annotation_path)
+    return ((int(row), entries[row]) for row in chosen_rows(source, len(entries)))
+
+
+def _images(source: ConversationSource, entry: Any, where: str) -> Iterator[Image.Image]:
+    for name in image_names(entry, where):
+        yield read_image(image_path(source.data_path, name, f"{where}: 'image'"), f"{where}: 'image'")
+
+# %% ../../nbs/data/72_conversations.ipynb #f5f789e5
 class Conversation(TypedDict):
     """One sample; a batch is a list of these."""
 
@@ -158,17 +169,7 @@ class ConversationDataset:
         images = [fit_pixels(image, *self.bounds) for image in _images(source, entry, where)]
         return Conversation(messages=as_messages(entry), image=images, dataset=source.name, origin=where)
 
-
-def _chosen(source: ConversationSource) -> Iterator[tuple[int, Any]]:
-    entries = read_entries(source.annotation_path)
-    return ((int(row), entries[row]) for row in chosen_rows(source, len(entries)))
-
-
-def _images(source: ConversationSource, entry: Any, where: str) -> Iterator[Image.Image]:
-    for name in image_names(entry, where):
-        yield read_image(image_path(source.data_path, name, f"{where}: 'image'"), f"{where}: 'image'")
-
-# %% ../../nbs/data/72_conversations.ipynb #5ae7b5ff
+# %% ../../nbs/data/72_conversations.ipynb #7db53d3d
 def open_conversations(
     settings: ConversationSettings,
     held_out: bool = False,  # those of `eval_dataset` instead
@@ -180,7 +181,7 @@ def open_conversations(
     sources = parse_dataset_use(names, settings.data_dict)
     return ConversationDataset(sources, min_pixels=settings.min_pixels, max_pixels=settings.max_pixels)
 
-# %% ../../nbs/data/72_conversations.ipynb #80933347
+# %% ../../nbs/data/72_conversations.ipynb #a2cf8f3e
 def conversation_problems(
     source: ConversationSource,
     images: int = 1000,  # entries, evenly spread, whose images are decoded
@@ -202,7 +203,7 @@ def conversation_problems(
             problems.append(str(error))
     return problems
 
-# %% ../../nbs/data/72_conversations.ipynb #3ad07c75
+# %% ../../nbs/data/72_conversations.ipynb #70daa5bc
 def summary(dataset: ConversationDataset) -> Iterator[str]:
     """One line per source: how many conversations, images and rounds, and how many are about text alone."""
     for source in dataset.sources:
@@ -222,7 +223,7 @@ def plain_text(sample: Conversation) -> Iterator[str]:
         parts = [part.get("text", "<image>") for part in message["content"]]
         yield f"  {message['role']:9} {' '.join(parts)}"
 
-# %% ../../nbs/data/72_conversations.ipynb #a9ced269
+# %% ../../nbs/data/72_conversations.ipynb #fa9900b2
 SHOWN = ("vla_bench.models.backbones.chat", "show_sample")  # loaded when a sample is printed
 
 
@@ -237,7 +238,7 @@ def _print_sample(cfg: Config, sample: Conversation, settings: ConversationSetti
         module, name = SHOWN
         print(vars(import_module(module))[name](path, sample, settings.model_max_length))
 
-
+# %% ../../nbs/data/72_conversations.ipynb #f467eb08
 def main(argv: Sequence[str] | None = None) -> None:
     """Checks the conversations of a configuration and prints one; exit status 1 when something is wrong."""
     parser = argparse.ArgumentParser(
@@ -266,6 +267,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"--sample is {options.sample}; there are {len(dataset)} conversations, from 0")
         _print_sample(cfg, dataset[options.sample], settings)
 
-# %% ../../nbs/data/72_conversations.ipynb #b520c82e
+# %% ../../nbs/data/72_conversations.ipynb #b6fb26c6
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
     main()

@@ -168,9 +168,10 @@ def action_error_sums(
         for batch in batches:
             device = batch["actions"].device
             generator = generator or torch.Generator(device).manual_seed(seed)
-            predicted = framework.predict_action(batch, generator=generator)["normalized_actions"]
             # a model that is wider than the robot has zeros behind the robot's numbers
-            target = batch["actions"][..., : predicted.shape[-1]].cpu().numpy()
+            own = len(normalizer.modes)
+            predicted = framework.predict_action(batch, generator=generator)["normalized_actions"][..., :own]
+            target = batch["actions"][..., :own].cpu().numpy()
             valid = ~batch["action_is_pad"].cpu().numpy()
             physical = normalizer.unnormalize(predicted) - normalizer.unnormalize(target)
             errors = [np.abs(predicted - target), np.abs(physical), np.ones_like(target)]

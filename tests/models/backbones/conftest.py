@@ -1,9 +1,13 @@
 """Every family of backbones, tiny, with weights large enough that a wrong position or a leak moves the features."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vla_bench.models.backbones.eagle import compose_eagle
 from vla_bench.models.backbones.loading import load_vlm
@@ -27,6 +31,28 @@ def home(tmp_path_factory) -> Path:
     for kind in KINDS:
         write_tiny(kind, home / kind, image_size=64, corpus=WORDS, reserved_tokens=8, **SIZES)
     return home
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Three samples for a tiny backbone of the width in `sizes`."""
+
+    images: list[list[Image.Image]]  # two each
+    texts: tuple[str, ...]
+    extra: torch.Tensor  # three more tokens behind each prompt
+    sizes: dict[str, Any]  # of `write_tiny`
+
+    @staticmethod
+    def image(seed: int, height: int = 64, width: int = 64) -> Image.Image:
+        return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8))
+
+
+@pytest.fixture(scope="session")
+def observed() -> Observed:
+    """Three samples of two images, an instruction and three extra tokens."""
+    images = [[Observed.image(2 * i), Observed.image(2 * i + 1)] for i in range(len(WORDS))]
+    extra = torch.randn(len(WORDS), 3, SIZES["hidden_size"], generator=torch.Generator().manual_seed(3))
+    return Observed(images, WORDS, extra, SIZES)
 
 
 def loud(vlm: VLM) -> VLM:

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from vla_bench.models.backbones import hub
 from vla_bench.models.backbones.loading import load_vlm
 from vla_bench.models.backbones.processor import load_processor, model_type
-from vla_bench.models.backbones.tiny import write_tiny
+from vla_bench.models.backbones.tiny import BUILDERS, write_tiny
 from vla_bench.models.backbones.tiny_composed import write_tiny_component
 from vla_bench.models.frameworks.build import build_framework
 from vla_bench.models.frameworks.framework import Framework
@@ -129,10 +129,24 @@ def test_a_checkpoint_of_ours_is_never_asked_for(asked, load):
     assert asked == []
 
 
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_no_family_asks_for_anything_beside_its_folder(home, asked, kind):
+    load_vlm(home / kind)
+    assert asked == []
+
+
 def test_the_nearest_folder_is_named(asked):
     for name in ("runs/bse", "./runs/bse"):
         with pytest.raises(FileNotFoundError, match="did you mean 'base'"):
             load_vlm(name)
+
+
+def test_a_name_that_a_folder_here_makes_a_path_says_so(asked):
+    with pytest.raises(
+        FileNotFoundError, match="not asked for on the hub, since there is a folder 'runs' here"
+    ):
+        load_vlm("runs/some-model")
+    assert asked == []
 
 
 def test_a_file_in_place_of_a_folder_is_named(asked):

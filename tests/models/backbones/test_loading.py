@@ -4,42 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vla_bench.models.backbones.loading import load_vlm
 from vla_bench.models.backbones.tiny import write_tiny
 from vla_bench.models.backbones.tiny_composed import write_tiny_composed
-
-KINDS = ("qwen2_5_vl", "qwen3_vl", "paligemma")
-
-
-WORDS = ("open the drawer", "press the button from the top", "close the window")
-
-
-SIZES = {"hidden_size": 64, "num_layers": 2, "vision_hidden_size": 32, "vision_layers": 2}
-
-
-def make_images(seed: int, count: int = 2, size: tuple[int, int] = (64, 64)) -> list[Image.Image]:
-    rng = np.random.default_rng(seed)
-    return [Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)) for _ in range(count)]
-
-
-IMAGES = [make_images(seed) for seed in range(len(WORDS))]
-
-
-EXTRA = torch.randn(len(WORDS), 3, SIZES["hidden_size"], generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("models")
-    for kind in KINDS:
-        write_tiny(kind, home / kind, image_size=64, corpus=WORDS, **SIZES)
-    return home
 
 
 def write_old_format(source: Path, out: Path) -> None:
@@ -95,7 +66,7 @@ def write_old_format(source: Path, out: Path) -> None:
 
 
 @torch.no_grad()
-def test_the_hubs_old_format_gives_the_same_features(home, tmp_path):
+def test_the_hubs_old_format_gives_the_same_features(home, tmp_path, observed):
     source = tmp_path / "source"
     shutil.copytree(home / "qwen2_5_vl", source)
     weights = load_file(source / "model.safetensors")
@@ -111,14 +82,17 @@ def test_the_hubs_old_format_gives_the_same_features(home, tmp_path):
 
     new, old = load_vlm(source).eval(), load_vlm(tmp_path / "hub").eval()
     assert old.model.dtype == torch.float32 and old.model_type == "qwen2_5_vl"
-    for image, text in zip(IMAGES, WORDS):
+    for image, text in zip(observed.images, observed.texts):
         ours, theirs = new.prepare([image], [text]), old.prepare([image], [text])
         assert set(theirs) == set(ours)
         for name, value in ours.items():
             torch.testing.assert_close(theirs[name], value)
         torch.testing.assert_close(old(theirs).hidden, new(ours).hidden, atol=1e-5, rtol=0)
     # the old format names no padding side, so its batches are padded on the other one
-    here, there = new(new.prepare(IMAGES, WORDS), EXTRA), old(old.prepare(IMAGES, WORDS), EXTRA)
+    here, there = (
+        new(new.prepare(observed.images, observed.texts), observed.extra),
+        old(old.prepare(observed.images, observed.texts), observed.extra),
+    )
     assert not here.mask.equal(there.mask)
     torch.testing.assert_close(there.extra, here.extra, atol=2e-5, rtol=0)
     random = load_vlm(tmp_path / "hub", load_weights=False).eval()
@@ -175,24 +149,24 @@ DAMAGES = {
 FAMILIES = ("qwen2_5_vl", "paligemma", "idefics3", "florence2", "llava", "prismatic")
 
 
-def features(folder: Path) -> torch.Tensor:
+def features(folder: Path, observed) -> torch.Tensor:
     vlm = load_vlm(folder).eval()
-    return vlm(vlm.prepare(IMAGES[:1], WORDS[:1])).hidden
+    return vlm(vlm.prepare(observed.images[:1], observed.texts[:1])).hidden
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", FAMILIES)
 @torch.no_grad()
-def test_a_damaged_file_is_named_in_one_line_or_makes_no_difference(tmp_path, kind, damage):
+def test_a_damaged_file_is_named_in_one_line_or_makes_no_difference(tmp_path, kind, damage, observed):
     write = write_tiny_composed if kind == "prismatic" else write_tiny
-    base = write(kind, tmp_path / "base", image_size=64, corpus=WORDS, **SIZES)
-    expected = features(base)
+    base = write(kind, tmp_path / "base", image_size=64, corpus=observed.texts, **observed.sizes)
+    expected = features(base, observed)
     for file in sorted(base.iterdir()):
         whole = file.read_bytes()
         content = DAMAGES[damage](whole)
         file.unlink() if content is None else file.write_bytes(content)
         try:
-            found = features(base)
+            found = features(base, observed)
         except (ValueError, OSError) as error:
             assert str(base) in str(error) and "\n" not in str(error), f"{file.name}: {error}"
         else:
@@ -253,23 +227,23 @@ def test_a_shard_that_was_not_downloaded_is_named(base, tmp_path):
 
 
 @torch.no_grad()
-def test_a_template_in_the_tokenizers_settings_is_used(base):
-    expected, file = features(base), base / "tokenizer_config.json"
+def test_a_template_in_the_tokenizers_settings_is_used(base, observed):
+    expected, file = features(base, observed), base / "tokenizer_config.json"
     template = (base / "chat_template.jinja").read_text()
     (base / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="base: .*chat_template.jinja"):
         load_vlm(base)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
-    assert features(base).equal(expected)
+    assert features(base, observed).equal(expected)
 
 
-def test_an_output_matrix_may_be_missing_until_tokens_are_wanted(tmp_path):
-    folder = write_tiny_composed("dinosiglip", tmp_path / "llama", image_size=64, corpus=WORDS)
+def test_an_output_matrix_may_be_missing_until_tokens_are_wanted(tmp_path, observed):
+    folder = write_tiny_composed("dinosiglip", tmp_path / "llama", image_size=64, corpus=observed.texts)
     vlm = load_vlm(
         rewritten(folder, lambda weights: {n: w for n, w in weights.items() if n != "lm_head.weight"})
     )
     assert vlm.missing == ("lm_head.weight",)
-    inputs = vlm.prepare(IMAGES[:1], WORDS[:1])
+    inputs = vlm.prepare(observed.images[:1], observed.texts[:1])
     assert vlm(inputs).hidden.isfinite().all()
     for read in (
         vlm.for_tokens,

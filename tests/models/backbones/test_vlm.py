@@ -9,7 +9,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import DynamicCache
 
@@ -17,29 +16,10 @@ from vla_bench.models.backbones.loading import load_vlm
 from vla_bench.models.backbones.tiny import BUILDERS, write_tiny
 from vla_bench.models.backbones.vlm import VLM
 
-KINDS = tuple(BUILDERS)
-
-
 NO_CACHE = {"qwen3_5", "gemma3", "florence2"}
 
 
-WORDS = ("open the drawer", "press the button from the top", "close the window")
-
-
-SIZES = {"hidden_size": 32, "num_layers": 2, "vision_hidden_size": 32, "vision_layers": 2}
-
-
-every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def make_image(seed: int, size: int = 64) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size, size, 3), np.uint8))
-
-
-IMAGES = [[make_image(2 * i), make_image(2 * i + 1)] for i in range(len(WORDS))]
-
-
-EXTRA = torch.randn(len(WORDS), 3, SIZES["hidden_size"], generator=torch.Generator().manual_seed(3))
+every_kind = pytest.mark.parametrize("kind", BUILDERS)
 
 
 ANSWERS = torch.tensor([[20, 31, 42], [25, 36, 47], [30, 41, 52]])
@@ -110,9 +90,9 @@ def assert_close(one, other, atol=1e-5):
 
 @every_kind
 @torch.no_grad()
-def test_hidden_states_are_those_of_the_full_model(backbones, kind):
+def test_hidden_states_are_those_of_the_full_model(backbones, kind, observed):
     vlm = backbones[kind]
-    for images, text in zip(IMAGES, WORDS):
+    for images, text in zip(observed.images, observed.texts):
         own = own_inputs(vlm, images, text)
         if kind == "paligemma":
             own["token_type_ids"] = torch.zeros_like(own["input_ids"])
@@ -130,10 +110,12 @@ def test_hidden_states_are_those_of_the_full_model(backbones, kind):
 
 @every_kind
 @torch.no_grad()
-def test_attention_sums_to_one_over_what_may_be_seen(backbones, kind):
+def test_attention_sums_to_one_over_what_may_be_seen(backbones, kind, observed):
     vlm = backbones[kind]
-    inputs = padded(vlm.prepare(IMAGES, WORDS), "right") | {"image_mask": torch.tensor([[True, False]] * 3)}
-    plain, features = vlm(inputs, EXTRA), vlm(inputs, EXTRA, attention=True)
+    inputs = padded(vlm.prepare(observed.images, observed.texts), "right") | {
+        "image_mask": torch.tensor([[True, False]] * 3)
+    }
+    plain, features = vlm(inputs, observed.extra), vlm(inputs, observed.extra, attention=True)
     assert_close(features.extra, plain.extra)
     full = [k for k in getattr(vlm.text_config, "layer_types", None) or ["full"] * 2 if "linear" not in k]
     assert len(features.attention) == len(full)
@@ -146,9 +128,9 @@ def test_attention_sums_to_one_over_what_may_be_seen(backbones, kind):
 
 @every_kind
 @torch.no_grad()
-def test_the_cache_continues_the_sequence_or_says_why_there_is_none(backbones, kind):
+def test_the_cache_continues_the_sequence_or_says_why_there_is_none(backbones, kind, observed):
     vlm = backbones[kind]
-    inputs, token = vlm.prepare(IMAGES, WORDS), torch.tensor([[20], [31], [42]])
+    inputs, token = vlm.prepare(observed.images, observed.texts), torch.tensor([[20], [31], [42]])
     embedded = vlm.model.get_input_embeddings()(token)
     if kind in NO_CACHE:
         assert vlm.sizes.head_dim is None and vlm.sizes.rope_theta is None
@@ -178,66 +160,70 @@ def test_the_cache_continues_the_sequence_or_says_why_there_is_none(backbones, k
 
 @every_kind
 @torch.no_grad()
-def test_decoding_is_the_likeliest_answer_of_the_full_model(backbones, kind):
+def test_decoding_is_the_likeliest_answer_of_the_full_model(backbones, kind, observed):
     vlm = backbones[kind]
     for side in ("left", "right"):
-        found = vlm.decode(padded(vlm.prepare(IMAGES, WORDS), side), max_tokens=4, allowed=ALLOWED)
-        for row, images, text in zip(found, IMAGES, WORDS):
+        found = vlm.decode(
+            padded(vlm.prepare(observed.images, observed.texts), side), max_tokens=4, allowed=ALLOWED
+        )
+        for row, images, text in zip(found, observed.images, observed.texts):
             said = torch.zeros(0, dtype=torch.long)
             for _ in range(4):
                 logits = answer_logits(vlm, images, text, said)[-1]
                 said = torch.cat([said, ALLOWED[logits[ALLOWED].argmax()][None]])
             assert row.tolist() == said.tolist()
     stop = int(found[0, 1])
-    stopped = vlm.decode(vlm.prepare(IMAGES, WORDS), max_tokens=4, allowed=ALLOWED, stop=stop)
+    stopped = vlm.decode(
+        vlm.prepare(observed.images, observed.texts), max_tokens=4, allowed=ALLOWED, stop=stop
+    )
     first = found[0].tolist().index(stop)
     assert stopped[0].tolist() == found[0, :first].tolist() + [-1] * (stopped.shape[1] - first)
 
 
 @every_kind
 @torch.no_grad()
-def test_the_answers_loss_is_the_cross_entropy_of_full_logits(backbones, kind):
+def test_the_answers_loss_is_the_cross_entropy_of_full_logits(backbones, kind, observed):
     vlm, terms = backbones[kind], []
-    for images, text, answer, valid in zip(IMAGES, WORDS, ANSWERS, VALID):
+    for images, text, answer, valid in zip(observed.images, observed.texts, ANSWERS, VALID):
         answer = answer[valid]
         scores = answer_logits(vlm, images, text, answer)[: len(answer)].double().log_softmax(-1)
         terms += [-scores[i, token].item() for i, token in enumerate(answer)]
     for side in ("left", "right"):
-        loss = vlm.answer_loss(padded(vlm.prepare(IMAGES, WORDS), side), ANSWERS, VALID)
+        loss = vlm.answer_loss(padded(vlm.prepare(observed.images, observed.texts), side), ANSWERS, VALID)
         assert float(loss) == pytest.approx(np.mean(terms), rel=1e-5)
 
 
 @every_kind
 @torch.no_grad()
-def test_the_language_loss_is_that_of_an_answer_in_the_same_row(backbones, kind):
+def test_the_language_loss_is_that_of_an_answer_in_the_same_row(backbones, kind, observed):
     vlm = backbones[kind]
-    longer = grown(vlm, own_inputs(vlm, IMAGES[0], WORDS[0]), ANSWERS[:1])
+    longer = grown(vlm, own_inputs(vlm, observed.images[0], observed.texts[0]), ANSWERS[:1])
     labels = longer["input_ids"].clone()
     labels[:, :-3] = -100
-    logits = answer_logits(vlm, IMAGES[0], WORDS[0], ANSWERS[0])[:3]
+    logits = answer_logits(vlm, observed.images[0], observed.texts[0], ANSWERS[0])[:3]
     expected = torch.nn.functional.cross_entropy(logits, ANSWERS[0])
     assert float(vlm.lm_loss(longer, labels)) == pytest.approx(float(expected), rel=1e-4)
 
 
 @every_kind
-def test_features_compute_no_logits(backbones, kind, monkeypatch):
+def test_features_compute_no_logits(backbones, kind, monkeypatch, observed):
     vlm = backbones[kind]
 
     def refuse(*args):
         raise AssertionError("vocabulary logits were computed")
 
     monkeypatch.setattr(vlm.model.get_output_embeddings(), "forward", refuse)
-    inputs = vlm.prepare(IMAGES, WORDS)
+    inputs = vlm.prepare(observed.images, observed.texts)
     with torch.no_grad():
-        vlm(inputs, EXTRA, layers="all", attention=True)
+        vlm(inputs, observed.extra, layers="all", attention=True)
     with pytest.raises(AssertionError, match="vocabulary"):
         vlm.answer_loss(inputs, ANSWERS, VALID)
 
 
 @every_kind
-def test_every_trainable_parameter_is_reached(home, kind):
+def test_every_trainable_parameter_is_reached(home, kind, observed):
     vlm = load_vlm(home / kind).train()
-    inputs = vlm.prepare(IMAGES, WORDS)
+    inputs = vlm.prepare(observed.images, observed.texts)
 
     def unreached() -> list[str]:
         return [
@@ -246,7 +232,7 @@ def test_every_trainable_parameter_is_reached(home, kind):
             if parameter.requires_grad and (parameter.grad is None or not parameter.grad.any())
         ]
 
-    vlm(inputs, EXTRA).extra.pow(2).sum().backward()
+    vlm(inputs, observed.extra).extra.pow(2).sum().backward()
     assert unreached() == []
     vlm.zero_grad()
     vlm.for_tokens()
@@ -256,59 +242,65 @@ def test_every_trainable_parameter_is_reached(home, kind):
 
 @every_kind
 @torch.no_grad()
-def test_configuration_and_weights_make_the_same_backbone(backbones, kind, tmp_path):
+def test_configuration_and_weights_make_the_same_backbone(backbones, kind, tmp_path, observed):
     vlm = backbones[kind]
     vlm.save_config(tmp_path)
     again = load_vlm(tmp_path, load_weights=False)
     assert type(again) is type(vlm)
     again.load_state_dict(vlm.state_dict())
-    inputs, others = vlm.prepare(IMAGES, WORDS), again.eval().prepare(IMAGES, WORDS)
+    inputs, others = (
+        vlm.prepare(observed.images, observed.texts),
+        again.eval().prepare(observed.images, observed.texts),
+    )
     assert inputs.keys() == others.keys() and all(others[name].equal(inputs[name]) for name in inputs)
-    assert again(others, EXTRA).extra.equal(vlm(inputs, EXTRA).extra)
+    assert again(others, observed.extra).extra.equal(vlm(inputs, observed.extra).extra)
     assert again.image_grids(others) == vlm.image_grids(inputs)
 
 
 class Prepared:
     """Batches of every kind, each made by a `prepare` that travelled as bytes."""
 
-    def __init__(self, frozen: list[bytes]):
-        self.frozen = frozen
+    def __init__(self, frozen: list[bytes], images: list, texts: tuple[str, ...]):
+        self.frozen, self.images, self.texts = frozen, images, texts
 
     def __len__(self) -> int:
         return len(self.frozen)
 
     def __getitem__(self, index: int) -> dict:
-        return pickle.loads(self.frozen[index])(IMAGES, WORDS)
+        return pickle.loads(self.frozen[index])(self.images, self.texts)
 
 
-def test_prepare_gives_the_same_tensors_in_a_worker(backbones):
+def test_prepare_gives_the_same_tensors_in_a_worker(backbones, observed):
     prepares = [vlm.prepare for vlm in backbones.values()]
     assert not any(isinstance(v, torch.nn.Module) for prepare in prepares for v in vars(prepare).values())
-    frozen = Prepared([pickle.dumps(prepare) for prepare in prepares])
+    frozen = Prepared([pickle.dumps(prepare) for prepare in prepares], observed.images, observed.texts)
     loader = DataLoader(frozen, batch_size=None, num_workers=1)
     for vlm, there in zip(backbones.values(), loader, strict=True):
-        here = vlm.prepare(IMAGES, WORDS)
+        here = vlm.prepare(observed.images, observed.texts)
         assert here.keys() == there.keys() and all(there[name].equal(here[name]) for name in here)
 
 
 @every_kind
 @torch.no_grad()
-def test_one_camera_is_enough(backbones, kind):
+def test_one_camera_is_enough(backbones, kind, observed):
     vlm = backbones[kind]
-    inputs = vlm.prepare([images[:1] for images in IMAGES], WORDS)
+    inputs = vlm.prepare([images[:1] for images in observed.images], observed.texts)
     assert [len(row) for row in vlm.image_grids(inputs)] == [1, 1, 1]
-    one, two = vlm(inputs, EXTRA).extra, vlm(vlm.prepare(IMAGES, WORDS), EXTRA).extra
+    one, two = (
+        vlm(inputs, observed.extra).extra,
+        vlm(vlm.prepare(observed.images, observed.texts), observed.extra).extra,
+    )
     assert one.isfinite().all() and (one - two).abs().amax((1, 2)).min() > 1e-3
 
 
 @every_kind
 @torch.no_grad()
-def test_reserved_rows_are_tokens_that_only_actions_use(backbones, kind):
+def test_reserved_rows_are_tokens_that_only_actions_use(backbones, kind, observed):
     vlm = backbones[kind]
     size = vlm.sizes.vocab_size
     assert size == len(vlm.processor.tokenizer) + 8
     codes = torch.arange(size - 8, size)
-    inputs = vlm.prepare(IMAGES, WORDS)
+    inputs = vlm.prepare(observed.images, observed.texts)
     said = vlm.decode(inputs, max_tokens=2, allowed=codes)
     assert said.shape == (3, 2) and ((said >= size - 8) & (said < size)).all()
     assert vlm.answer_loss(inputs, codes[:3].expand(3, 3), VALID).isfinite()
@@ -316,9 +308,9 @@ def test_reserved_rows_are_tokens_that_only_actions_use(backbones, kind):
 
 @every_kind
 @torch.no_grad()
-def test_other_image_sizes(tmp_path, kind):
-    vlm = load_vlm(write_tiny(kind, tmp_path, image_size=96, corpus=WORDS, **SIZES)).eval()
-    inputs = vlm.prepare([[make_image(0, 96), make_image(1, 120)]], WORDS[:1])
+def test_other_image_sizes(tmp_path, kind, observed):
+    vlm = load_vlm(write_tiny(kind, tmp_path, image_size=96, corpus=observed.texts, **observed.sizes)).eval()
+    inputs = vlm.prepare([[observed.image(0, 96, 96), observed.image(1, 120, 120)]], observed.texts[:1])
     places = vlm.image_token_mask(inputs)
     assert int(places.sum()) == sum(h * w for h, w in vlm.image_grids(inputs)[0])
-    assert vlm(inputs, EXTRA[:1]).extra.isfinite().all()
+    assert vlm(inputs, observed.extra[:1]).extra.isfinite().all()

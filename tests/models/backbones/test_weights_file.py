@@ -4,49 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
-from PIL import Image
 
-from vla_bench.models.backbones.tiny import write_tiny
-from vla_bench.models.backbones.vlm import VLM
 from vla_bench.models.frameworks.build import build_framework
 
 KINDS = ("qwen2_5_vl", "qwen3_vl", "paligemma")
-
-
-WORDS = ("open the drawer", "press the button from the top", "close the window")
-
-
-SIZES = {"hidden_size": 64, "num_layers": 2, "vision_hidden_size": 32, "vision_layers": 2}
-
-
-def make_images(seed: int, count: int = 2, size: tuple[int, int] = (64, 64)) -> list[Image.Image]:
-    rng = np.random.default_rng(seed)
-    return [Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)) for _ in range(count)]
-
-
-IMAGES = [make_images(seed) for seed in range(len(WORDS))]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("models")
-    for kind in KINDS:
-        write_tiny(kind, home / kind, image_size=64, corpus=WORDS, **SIZES)
-    return home
-
-
-def loud(vlm: VLM) -> VLM:
-    """Larger random weights, so that a wrong position or a leak moves the features."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in vlm.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return vlm.eval()
 
 
 OPEN = """
@@ -73,28 +37,31 @@ for folder in sys.argv[2:]:
 """
 
 
-def test_checkpoints_open_in_a_fresh_process_without_network_or_base_model(home, tmp_path):
+def test_checkpoints_open_in_a_fresh_process_without_network_or_base_model(
+    home, tmp_path, observed, with_larger_weights
+):
     heads = {
         "OFT": {"type": "MLP", "hidden_size": 32},
         "GR00T": {"type": "FlowMatching", "hidden_size": 32, "num_layers": 2, "num_heads": 4},
     }
     rng = np.random.default_rng(0)
     given = {
-        "images": np.stack([[np.asarray(p) for p in pair] for pair in IMAGES]),
-        "words": np.array(WORDS),
-        "state": rng.normal(size=(len(WORDS), 2)).astype(np.float32),
-        "noise": rng.normal(size=(len(WORDS), 4, 3)).astype(np.float32),
+        "images": np.stack([[np.asarray(p) for p in pair] for pair in observed.images]),
+        "words": np.array(observed.texts),
+        "state": rng.normal(size=(len(observed.texts), 2)).astype(np.float32),
+        "noise": rng.normal(size=(len(observed.texts), 4, 3)).astype(np.float32),
     }
     np.savez(tmp_path / "given.npz", **given)
     examples = [
-        {"image": i, "lang": w, "state": s} for i, w, s in zip(IMAGES, WORDS, given["state"], strict=True)
+        {"image": i, "lang": w, "state": s}
+        for i, w, s in zip(observed.images, observed.texts, given["state"], strict=True)
     ]
     expected = {}
     for kind in ("qwen2_5_vl", "paligemma"):
         base = shutil.copytree(home / kind, tmp_path / "base" / kind)
         for name, head in heads.items():
             config = {"name": name, "vlm": {"base_vlm": str(base)}, "action_horizon": 4, "action_model": head}
-            model = loud(build_framework(config, action_dim=3, state_dim=2))
+            model = with_larger_weights(build_framework(config, action_dim=3, state_dim=2))
             folder = tmp_path / f"{kind}-{name}"
             model.save_pretrained(folder)
             noise = torch.from_numpy(given["noise"])

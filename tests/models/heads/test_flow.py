@@ -14,6 +14,7 @@ from vla_bench.models.heads.flow import (
     noise_and_time,
     run_compiled,
     sample_time_gr00t,
+    sample_time_n17,
     sample_time_pi0,
     time_bucket,
 )
@@ -46,7 +47,7 @@ def test_the_loss_equals_the_equation_in_both_conventions(direction):
         np.testing.assert_allclose(found[b], (np.sin(3 * x) + t - target) ** 2, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("given", [sample_time_gr00t, sample_time_pi0])
+@pytest.mark.parametrize("given", [sample_time_gr00t, sample_time_n17, sample_time_pi0])
 def test_times_are_drawn_in_float32_under_mixed_precision(given):
     torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -73,6 +74,22 @@ def test_gr00ts_times_are_a_beta_turned_round():
     times = sample_time_gr00t(20_000).double()
     beta = 0.999 * (1 - times[times > 0])  # clamped ones left out
     assert stats.kstest(beta, lambda x: stats.beta(1.5, 1).cdf(x / 0.999)).pvalue > 1e-3
+
+
+TIMES = {  # from the same draws of Beta(1.5, 1), in the words of each original
+    sample_time_gr00t: lambda beta: np.maximum((0.999 - beta) / 0.999, 0),
+    sample_time_n17: lambda beta: 0.999 * (1 - beta),
+    sample_time_pi0: lambda beta: 0.999 * beta + 0.001,
+}
+
+
+@pytest.mark.parametrize("sample", TIMES, ids=lambda sample: sample.__name__)
+def test_times_are_those_of_the_original_to_the_digit(sample):
+    torch.manual_seed(0)
+    found = sample(200)
+    torch.manual_seed(0)
+    beta = torch.distributions.Beta(torch.tensor(1.5), torch.tensor(1.0)).sample((200,)).double().numpy()
+    np.testing.assert_allclose(found.numpy(), TIMES[sample](beta), atol=1e-6)
 
 
 def test_a_bucket_is_a_thousandth_and_the_last_one_holds_one():

@@ -214,6 +214,14 @@ def gr00t_n17(published, vlms, home, prefix: str) -> Converted:
         (home / "embodiment_id.json").write_text(json.dumps({"new_embodiment": published.N17_ROW}))
         del framework["action_horizon"]
     else:
+        lerobot = {
+            "type": "groot",
+            "model_version": "n1.7",
+            "chunk_size": 16,
+            "embodiment_tag": "new_embodiment",
+        }
+        lerobot |= {"normalization_mapping": {"ACTION": "MEAN_STD", "STATE": "MEAN_STD"}}
+        (home / "config.json").write_text(json.dumps(lerobot))
         corrections = (f"embodiment_row={published.N17_ROW}",)
     statistics = {"new": {"action": published.column(D), "state": published.column(S)}}
     (home / "statistics.json").write_text(json.dumps(statistics))
@@ -656,6 +664,7 @@ def test_gr00t_n17_is_told_the_robots_row_and_says_what_it_assumed(converted, pu
     )
     assert not any("robots' encoders" in sentence for sentence in lerobot)  # it was said with --set
     assert any("formalize_language" in sentence for sentence in nvidia)
+    assert not any("does not know" in sentence for sentence in (*nvidia, *lerobot))
 
 
 def test_gr00t_n17_with_a_longer_backbone_says_how_many_layers_to_write(converted, published, vlms, tmp_path):

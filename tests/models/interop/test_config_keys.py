@@ -339,6 +339,12 @@ N17_ARGUMENTS = """model_type model_dtype model_name backbone_model_type model_r
     state_history_length add_pos_embed attn_dropout use_vlln max_seq_len use_alternate_vl_dit attend_text_every_n_blocks
     num_inference_timesteps noise_beta_alpha noise_beta_beta noise_s num_timestep_buckets tune_projector
     tune_diffusion_model tune_vlln state_dropout_prob exclude_state use_mean_std max_num_embodiments rtc_ramp_rate"""
+GROOT_ARGUMENTS = """n_obs_steps chunk_size n_action_steps max_state_dim max_action_dim normalization_mapping
+    image_size model_version base_model_path n1_7_backbone_model action_decode_transform embodiment_tag tune_llm
+    tune_visual tune_projector tune_diffusion_model lora_rank lora_alpha lora_dropout lora_full_model optimizer_lr
+    optimizer_betas optimizer_eps optimizer_weight_decay warmup_ratio use_bf16 video_backend balance_dataset_weights
+    balance_trajectory_weights dataset_paths output_dir save_steps max_steps batch_size dataloader_num_workers report_to
+    resume device use_amp push_to_hub repo_id private tags license input_features output_features type"""
 OPENVLA_ARGUMENTS = """model_type arch_specifier auto_map hf_llm_id image_resize_strategy image_sizes llm_backbone_id
     llm_max_length n_action_bins norm_stats output_projector_states pad_to_multiple_of pad_token_id text_config
     timm_model_ids timm_override_act_layers torch_dtype transformers_version use_fused_vision_backbone vision_backbone_id"""

@@ -338,6 +338,13 @@ def test_a_name_of_the_guide_in_the_registry_says_what_it_is_called_here(name, h
         exec(f"from vla_bench.registry import {name}")
 
 
+def test_a_policy_and_a_head_say_what_their_blocks_are_asked_for_with(guide):
+    framework = build_framework(from_fluxvla(guide["head"]), action_dim=3, state_dim=6, load_weights=False)
+    for asked, here in ((framework, "fsdp_classes"), (framework.action_model, "layer_classes")):
+        with pytest.raises(AttributeError, match=f"FluxVLA's; here it is {here}"):
+            asked.get_fsdp_wrapping_policy()
+
+
 # ---------------------------------------------------------------- types are taken at their word
 
 

@@ -67,7 +67,7 @@ class ChatTemplate:
         lead = before[len(asked) :] if before.startswith(asked) else ""
         return lead, behind[: ending.end()] if ending else ""
 
-# %% ../../../nbs/models/backbones/17_chat.ipynb #b4b07cba
+# %% ../../../nbs/models/backbones/17_chat.ipynb #75eb4acf
 Span = tuple[int, int]  # first character, and the one behind the last
 
 
@@ -99,7 +99,7 @@ def skeleton(
         pieces.append(piece)
     return [*pieces, rest]
 
-
+# %% ../../../nbs/models/backbones/17_chat.ipynb #779d68e5
 @patch
 def spans(
     self: ChatTemplate, messages: Sequence[Mapping[str, Any]]
@@ -120,7 +120,7 @@ def spans(
         found[-1] = (found[-1][0], len(text))
     return text, found
 
-# %% ../../../nbs/models/backbones/17_chat.ipynb #76ea5a83
+# %% ../../../nbs/models/backbones/17_chat.ipynb #ebf92852
 class _WithOffsets:
     """A processor that also keeps which characters its tokens stand for."""
 
@@ -150,7 +150,7 @@ def _moved(span: Span, replaced: Sequence[Mapping[str, Any]]) -> Span:
     )
     return span[0] + gained, span[1] + gained
 
-
+# %% ../../../nbs/models/backbones/17_chat.ipynb #11b926d8
 def encode_labelled(
     prepare: VLMPrepare,
     texts: Sequence[str],  # rendered
@@ -170,7 +170,7 @@ def encode_labelled(
             trained[row] |= (begins[row] < end) & (ends[row] > begin) & (begins[row] < ends[row])
     return inputs, inputs["input_ids"].masked_fill(~trained, -100)
 
-# %% ../../../nbs/models/backbones/17_chat.ipynb #887a32d3
+# %% ../../../nbs/models/backbones/17_chat.ipynb #661e3bf7
 @dataclass(frozen=True)
 class Round:
     """One answer, and all that was said and shown before it."""
@@ -201,7 +201,7 @@ def rounds(sample: Conversation) -> list[Round]:
             found.append(Round(sample["messages"][:place], sample["image"][:shown], answer))
     return found
 
-# %% ../../../nbs/models/backbones/17_chat.ipynb #7f4e33e9
+# %% ../../../nbs/models/backbones/17_chat.ipynb #6448a6e6
 ROWS = ("input_ids", "attention_mask")
 
 
@@ -232,7 +232,7 @@ def encode_rounds(prepare: VLMPrepare, each: Sequence[Round]) -> tuple[dict[str,
     ids = [tokenizer.encode(r.answer, add_special_tokens=False) + [tokenizer.eos_token_id] for r in each]
     return _append_answers(inputs, ids, tokenizer.pad_token_id)
 
-# %% ../../../nbs/models/backbones/17_chat.ipynb #33ff7cde
+# %% ../../../nbs/models/backbones/17_chat.ipynb #8030222c
 @dataclass
 class ConversationPrepare:
     """Conversations to tensors and labels. Runs on the CPU, is deterministic, holds no weights, can be pickled."""
@@ -258,7 +258,7 @@ def check(self: ConversationPrepare, sample: Conversation) -> None:
                     f"tokenizer reads as a control token; write it in other words"
                 )
 
-# %% ../../../nbs/models/backbones/17_chat.ipynb #8e313f65
+# %% ../../../nbs/models/backbones/17_chat.ipynb #b1c33929
 @dataclass(frozen=True)
 class Row:
     """What becomes one row of a batch: a whole conversation, or one round of it."""
@@ -295,7 +295,7 @@ def encode(self: ConversationPrepare, rows: Sequence[Row]) -> tuple[dict[str, Te
         self.vlm, [r.text for r in rows], [r.images for r in rows], [r.spans for r in rows]
     )
 
-# %% ../../../nbs/models/backbones/17_chat.ipynb #5f2c7cda
+# %% ../../../nbs/models/backbones/17_chat.ipynb #4ed6d47c
 @patch
 def too_long(
     self: ConversationPrepare, inputs: dict[str, Tensor], origins: Sequence[str]
@@ -329,7 +329,7 @@ def __call__(
     owners = torch.tensor([row.sample for row in rows], dtype=torch.long)
     return {"inputs": inputs, "labels": labels, "sample": owners, "origin": origins, "dropped": dropped}
 
-# %% ../../../nbs/models/backbones/17_chat.ipynb #bcf07ba4
+# %% ../../../nbs/models/backbones/17_chat.ipynb #3bbbb3b4
 def marked_text(
     prepare: VLMPrepare,
     ids: Tensor,  # long [L], of one row without its padding
@@ -349,7 +349,7 @@ def marked_text(
         text += f"⟦{whole}⟧" if trained else whole
     return text
 
-
+# %% ../../../nbs/models/backbones/17_chat.ipynb #70678dc2
 def show_sample(
     path: str | Path,  # of a backbone
     sample: Conversation,

@@ -22,7 +22,8 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from ...data.sample import Sample
-from ..attention_map import AttentionMap, attention_map
+from ...files import checkpoint_of
+from ..attention_map import AttentionMap, attention_map, check_attention
 from ..backbones.tokens import last_state
 from ..backbones.vlm import VLM
 from ..backbones.weights_file import load_weights, without_init
@@ -133,11 +134,18 @@ def fsdp_classes(self: Framework) -> set[type[nn.Module]]:
     """Blocks to shard, of the backbone and of the head; may be empty."""
     return self.vlm.layer_classes() | self.action_model.layer_classes()
 
+
+@patch
+def get_fsdp_wrapping_policy(self: Framework) -> None:
+    """FluxVLA's name of `fsdp_classes`: always raises `AttributeError`, which says so."""
+    raise AttributeError("get_fsdp_wrapping_policy is FluxVLA's; here it is fsdp_classes(), a set of classes")
+
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #d14b666a
 @patch
 def read(self: Framework, batch: dict[str, Any]) -> Features:
-    """The features of a batch, with state and embodiment."""
-    return replace(self.features(batch), state=batch.get("state"), embodiment=batch.get("embodiment"))
+    """The features of a batch, with state, embodiment and the mask of its robots' actions."""
+    named = {name: batch.get(name) for name in ("state", "embodiment", "action_mask")}
+    return replace(self.features(batch), **named)
 
 
 @patch
@@ -197,8 +205,17 @@ def check_actions(
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #2f6a5140
 @patch
 def to_batch(self: Framework, examples: Sequence[Sample] | dict[str, Any]) -> dict[str, Any]:
-    """The batch of samples, or a batch as it is, on the model's device."""
+    """The batch of samples, or a batch as it is, on the model's device.
+
+    Raises `ValueError` for robots with different actions when the head cannot tell them apart.
+    """
     batch = examples if isinstance(examples, dict) else self.prepare(examples)
+    if "action_mask" in batch and not self.action_model.masks_actions:
+        raise ValueError(
+            f"{batch['origin'][0]}: some robots lack numbers of an action that others have, and the head "
+            f"{type(self.action_model).__name__} predicts every number for every robot; take a head that masks them, "
+            "such as FlowMatching or MLP, or train on robots with the same action"
+        )
     return to_device(batch, self.vlm.device)
 
 
@@ -261,6 +278,8 @@ def attention_maps(
     with evaluating(self):
         weights = self.prompt_attention(batch, generator)
     inputs = batch["inputs"]
+    where = type(self.action_model if self.action_model.offers_attention else self).__name__
+    check_attention(weights, tuple(inputs["input_ids"].shape), where)
     is_image, grids = self.vlm.image_token_mask(inputs), self.vlm.image_grids(inputs)
     return attention_map(weights, is_image, grids, self.vlm.words(inputs, batch["lang"]))
 
@@ -280,12 +299,12 @@ def save_pretrained(self: Framework, folder: str | Path) -> None:
 @patch(cls_method=True)
 def from_pretrained(
     cls: Framework,
-    folder: str | Path,
+    folder: str | Path,  # a checkpoint, or a run: its newest whole one
     *,
     inference: bool = False,  # whether `framework.inference_model` applies
 ) -> Framework:
     """The framework that `save_pretrained` wrote. Raises `FileNotFoundError`, or `ValueError` for wrong weights."""
-    folder = Path(folder)
+    folder = checkpoint_of(folder)
     config = read_section(folder / "framework.json")
     dims = {name: config.pop(name) for name in ("action_dim", "state_dim")}
     section = from_folder(config, folder, inference=inference)

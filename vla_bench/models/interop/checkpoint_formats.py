@@ -943,6 +943,8 @@ N17_KEYS = (
     *_keys("", _N17_PROCESSOR, use_relative_action="policy.action", formalize_language="policy.prompt"),
     *_keys("", _N17_PROCESSOR, image_crop_size="policy.image_size", image_target_size="policy.image_size"),
     *_keys("", "gr00t/model/modules/qwen3_backbone.py", select_layer="policy.select_layer"),
+    *_keys("", "lerobot/policies/groot/processor_groot.py", action_decode_transform="policy.action"),
+    *_only("", "lerobot/policies/groot/configuration_groot.py", model_version="n1.7", n_obs_steps=1),
     *_keys(_N17_DIT, _DIT_FILE, **_OF_DIT),
     *_silent(_only(_N17_DIT, _DIT_FILE, interleave_self_attention=True, **_TRANSFORMER_KEYS), **_SINUSOIDAL),
     *_keys(_N17_VL, _DIT_FILE, **_OF_VL),
@@ -1018,9 +1020,20 @@ N17_HARMLESS |= _why(
     "changes of training images", "use_albumentations_transforms shortest_image_edge crop_fraction"
 )
 N17_HARMLESS |= _why("embodiment_id.json, from which the row is read", "embodiment_id")
-N17_HARMLESS |= _why("the tensors show it", "use_vl_self_attention") | _why(
-    "of the policy around it", "rtc_ramp_rate"
+N17_HARMLESS |= _why("the tensors show it", "use_vl_self_attention")
+_WRAPPER = "of LeRobot's policy around the network"
+N17_HARMLESS |= _why(
+    _WRAPPER, "type chunk_size n_action_steps image_size base_model_path n1_7_backbone_model resume"
 )
+N17_HARMLESS |= _why(
+    _WRAPPER, "input_features output_features lora_rank lora_alpha lora_dropout lora_full_model"
+)
+N17_HARMLESS |= _why(
+    _WRAPPER, "video_backend balance_dataset_weights balance_trajectory_weights dataset_paths"
+)
+N17_HARMLESS |= _why(_WRAPPER, "save_steps max_steps batch_size dataloader_num_workers report_to output_dir")
+N17_HARMLESS |= _why(_WRAPPER, "model_params_fp32 use_bf16 warmup_ratio rtc_ramp_rate")
+N17_HARMLESS |= _why("GR00T normalises in a step of its own", "normalization_mapping")
 
 # %% ../../../nbs/models/interop/10_checkpoint_formats.ipynb #d53a13d7
 STARVLA_HARMLESS = _at(_DIT, _BLOCK_HARMLESS)

@@ -1,4 +1,4 @@
-"""A checkpoint of openpi, LeRobot, StarVLA or OpenVLA becomes a run folder of ours
+"""A checkpoint of openpi, LeRobot, StarVLA, OpenVLA or NVIDIA becomes a run folder of ours
 
 Docs: https://vla-bench.github.io/vla_bench/models/interop/convert.html.md"""
 
@@ -376,7 +376,10 @@ def convert(
     recognise(format_name, theirs)
     original_settings(chosen, theirs)  # what is wrong there is said before gigabytes are read
     unclear = silences(chosen, theirs)
-    check_policy(theirs, settings)
+    check_policy(
+        theirs if _lists(chosen, "normalization_mapping") else {**theirs, "normalization_mapping": None},
+        settings,
+    )
     tensors = unwrapped(read_weights(files.weights), chosen)
     recognise(format_name, theirs, tensors)
     check_finite(tensors, files.weights)
@@ -418,6 +421,10 @@ def _completed(
         return checkpoint_format.complete(theirs, tensors)
     except ValueError as error:
         raise ConfigError(f"{_whose(checkpoint_format)}: {error}") from error
+
+
+def _lists(checkpoint_format: CheckpointFormat, key: str) -> bool:
+    return any(each.name == key for each in checkpoint_format.keys)
 
 
 def _whose(checkpoint_format: CheckpointFormat) -> str:

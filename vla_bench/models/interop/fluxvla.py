@@ -653,6 +653,12 @@ def framework_and_head(
     return name, kind
 
 # %% ../../../nbs/models/interop/30_fluxvla.ipynb #93448f31
+_PADDING = (
+    "FluxVLA's head looks at the padding of a prompt and ours does not; action_model.mask_padding and mask_vl_padding "
+    "set to false do as it does"
+)
+
+
 def translate(model: Mapping[str, Any]) -> tuple[dict[str, Any], Translation]:
     """Our `framework` section for a `model` of FluxVLA, and the translation with its remarks.
 
@@ -679,6 +685,8 @@ def translate(model: Mapping[str, Any]) -> tuple[dict[str, Any], Translation]:
             found.values[f"vlm.{part}.type"] = section["type"]
         if part == "vlm_backbone":
             check_backbone_type(section["type"], BACKBONES.get(named), found.values.get("vlm.base_vlm"))
+    if kind in ("FlowMatching", "FlowMatchingInference"):
+        found.remarks.append(_PADDING)
     if name in _EXPERTS and "llm_expert" not in components:
         found.remarks.append("llm_expert is missing: π0's own sizes are used")
     found.values |= {"name": name} | ({"action_model.type": kind} if kind else {})

@@ -20,17 +20,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...files import read_json
+from ...files import checkpoint_of, read_json
 from ..backbones.checkpoint_files import REMEDY, file_damage, index_damage, shortlist
 from ..backbones.hub import hub_folder, is_hub_name, nearest_path
 from ...registry import check_arguments
 
 # %% ../../../nbs/models/interop/00_weights.ipynb #78ceadd2
 def read_weights(
-    source: str | Path,  # .safetensors, .pt, .pth or .bin; a folder; or a name on the hub, "owner/model"
+    source: str
+    | Path,  # .safetensors, .pt, .pth or .bin; a folder, a run too; or a name on the hub, "owner/model"
 ) -> dict[str, Tensor]:  # on the CPU, in the checkpoint's own dtype
     """The tensors of a checkpoint. Raises `FileNotFoundError`, or `ValueError` for a damaged or unsafe file."""
-    path = fetch(source)
+    path = checkpoint_of(fetch(source))
     return _read_folder(path) if path.is_dir() else _read_file(path)
 
 # %% ../../../nbs/models/interop/00_weights.ipynb #90963c2c

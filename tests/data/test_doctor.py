@@ -1,0 +1,393 @@
+"""Each fault on a dataset that has it, and on one that only looks so, both written on the spot."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vla_bench.data.doctor import examine, main, open_recording, write_card
+from vla_bench.data.layout import Layout
+from vla_bench.data.writer import LeRobotWriter
+
+RATE = 10
+NAMES = ("shoulder", "elbow", "wrist", "gripper")
+TASKS = ("put the cup on the plate", "open the drawer")
+AS_RECORDED = lambda episode, state, action: (state, action)
+
+
+def movement(rng, length):
+    """State and action of one smooth episode: targets are the next state, a positive command closes."""
+    t = np.linspace(0, length / 60, length + 1)
+    noise = 0.002 * rng.normal(size=(length + 1, 3))
+    joints = np.sin(np.outer(t, rng.uniform(3, 9, 3)) + rng.uniform(0, 6, 3)) + noise
+    close = np.where((t > 0.4 * t[-1]) & (t < 0.8 * t[-1]), 1.0, -1.0)
+    opening = np.convolve(np.pad(0.04 * (close < 0), (4, 0), mode="edge"), np.ones(5) / 5, "valid")
+    return np.column_stack([joints, opening])[:-1], np.column_stack([joints[1:], close[:-1]])
+
+
+def film(state):
+    """A soft dot that moves with the joints, on a textured ground."""
+    ground = np.random.default_rng(5).uniform(40, 90, (32, 32))
+    x, y = (16 + 12 * state[:, d, None, None] for d in (0, 1))
+    dot = np.exp(-((np.arange(32) - x) ** 2 + (np.arange(32)[:, None] - y) ** 2) / 18)  # [T, 32, 32]
+    return np.stack([ground + dot * gain for gain in (150, 80, 20)], axis=-1).astype(np.uint8)
+
+
+def write(
+    root,
+    spoil=AS_RECORDED,
+    *,
+    kind="absolute",
+    gripper="positive_closes",
+    tasks=TASKS,
+    images=lambda state: {"front": film(state)},
+    length=60,
+    episodes=10,
+    version="v3.0",
+    state=True,
+):
+    rng = np.random.default_rng(1)
+    layouts = {"state": Layout(NAMES) if state else None, "action": Layout(NAMES, kind=kind, gripper=gripper)}
+    cameras = {name: (32, 32) for name in images(np.zeros((1, 4)))}
+    with LeRobotWriter(root, fps=RATE, cameras=cameras, version=version, **layouts) as writer:
+        for episode in range(episodes):
+            seen, done = spoil(episode, *movement(rng, length))
+            own = {"images": images(seen), "state": seen if state else None, "action": done}
+            writer.add_episode(**own, task=tasks[episode % len(tasks)])
+    return root
+
+
+def dead(episode, state, action):
+    action[:, 1] = 0.25
+    return state, action
+
+
+def hanging(episode, state, action):
+    if episode == 3:
+        state[20:45, 2] = state[20, 2]
+    return state, action
+
+
+def resting(episode, state, action):
+    """A demonstrator who pauses: the whole arm stands still, for half a second less than counts in the sum."""
+    if episode == 3:
+        state[20:40], action[20:40] = state[20], action[20]
+    return state, action
+
+
+def clipped(episode, state, action):
+    action[:, 0] = action[:, 0].clip(-0.7, 0.7)
+    return state, action
+
+
+def copied(episode, state, action):
+    state[:, 2] = state[:, 0]
+    return state, action
+
+
+def doubled(episode, state, action):
+    rows = np.arange(len(state)) // 2 * 2
+    return state[rows], action[rows]
+
+
+def waiting(episode, state, action):
+    state[:25], action[:25] = state[25], action[25]
+    return state, action
+
+
+def jumping(episode, state, action):
+    if episode == 4:
+        state[30, 1] = 55.0
+    return state, action
+
+
+def aborted(episode, state, action):
+    return (state[:5], action[:5]) if episode == 6 else (state, action)
+
+
+def relative(episode, state, action):
+    action[:, :3] -= state[:, :3]
+    return state, action
+
+
+def other_sign(episode, state, action):
+    if episode in (2, 9):
+        action[:, 3] *= -1
+    return state, action
+
+
+def other_range(episode, state, action):
+    if episode == 7:
+        action[:, 3] = action[:, 3] > 0
+    return state, action
+
+
+def stuttering(state):
+    return {"front": film(state)[np.arange(len(state)) // 2 * 2]}
+
+
+def black(state):
+    return {"front": film(state), "wrist": np.zeros((len(state), 32, 32, 3), np.uint8)}
+
+
+def the_same(state):
+    return {"front": film(state), "side": film(state)}
+
+
+def two_views(state):
+    return {"front": film(state), "side": film(state)[:, ::-1, ::-1]}
+
+
+# the fault; how it is written; what is found; how it is examined
+FAULTS = {
+    "dead": ({"spoil": dead}, "warning", "dead dimension", {}),
+    "frozen": ({"spoil": hanging}, "warning", "frozen dimension", {}),
+    "clipped": ({"spoil": clipped}, "warning", "clipped dimension", {}),
+    "duplicated": ({"spoil": copied}, "warning", "duplicated dimension", {}),
+    "repeated rows": ({"spoil": doubled}, "warning", "repeated frames", {}),
+    "idle": ({"spoil": waiting}, "warning", "idle stretches", {}),
+    "a jump": ({"spoil": jumping}, "warning", "outlier episodes", {}),
+    "an aborted episode": ({"spoil": aborted}, "warning", "outlier episodes", {}),
+    "relative twice": (
+        {"spoil": relative, "kind": "delta"},
+        "error",
+        "actions relative twice",
+        {"action_mode": "relative"},
+    ),
+    "relative twice, unknown kind": (
+        {"spoil": relative, "kind": "unknown"},
+        "error",
+        "actions relative twice",
+        {"action_mode": "delta"},
+    ),
+    "declared absolute": ({"spoil": relative}, "error", "kind of action", {}),
+    "declared delta": ({"kind": "delta"}, "error", "kind of action", {}),
+    "two gripper signs": ({"spoil": other_sign}, "error", "gripper sign", {}),
+    "the other gripper sign": ({"gripper": "positive_opens"}, "error", "gripper sign", {}),
+    "two gripper ranges": ({"spoil": other_range}, "error", "gripper range", {}),
+    "a placeholder": ({"tasks": ("put it there", "task_0")}, "warning", "instructions", {}),
+    "a template": ({"tasks": ("put it there", "put it on the <place>")}, "warning", "instructions", {}),
+    "one text twice": ({"tasks": ("Put it there.", "put it there")}, "warning", "instructions", {}),
+    "stuttering images": ({"images": stuttering}, "warning", "repeated images", {"videos": True}),
+    "a black camera": ({"images": black}, "error", "images", {"videos": True}),
+    "one camera twice": ({"images": the_same}, "warning", "images", {"videos": True}),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found_and_no_other(tmp_path, name):
+    how, severity, expected, options = FAULTS[name]
+    found = examine(write(tmp_path / "data", **how), **options)
+    assert {(finding.severity, finding.name) for finding in found} == {(severity, expected)}
+    assert all(
+        "\n" not in str(finding) and "{" not in finding.text.replace("{verb}", "") for finding in found
+    )
+
+
+SOUND = {
+    "as recorded": ({}, {"videos": True}),
+    "v2.1": ({"version": "v2.1"}, {"videos": True}),
+    "one pause of the whole arm": ({"spoil": resting}, {}),
+    "relative, declared so": ({"spoil": relative, "kind": "delta"}, {}),
+    "absolute, to be made relative": ({}, {"action_mode": "relative"}),
+    "two cameras": ({"images": two_views}, {"videos": True}),
+    "without a state": ({"state": False}, {}),
+    "the number of a task in words": ({"tasks": ("Task 3 is to open it", "open the test tube")}, {}),
+    "one episode": ({"episodes": 1, "tasks": TASKS[:1]}, {}),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_a_sound_dataset_has_no_finding(tmp_path, name):
+    how, options = SOUND[name]
+    assert examine(write(tmp_path / "data", **how), **options) == []
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return {v: write(tmp_path_factory.mktemp("sound") / v, version=v) for v in ("v3.0", "v2.1")}
+
+
+@pytest.fixture(params=["v3.0", "v2.1"])
+def copy(sound, request, tmp_path):
+    return Path(shutil.copytree(sound[request.param], tmp_path / request.param))
+
+
+def rewrite(root, column, change):
+    """Changes a column of every parquet file of the data."""
+    for path in sorted((root / "data").rglob("*.parquet")):
+        table = pq.read_table(path)
+        place, kind = table.schema.get_field_index(column), table.schema.field(column)
+        values = change(np.array(table[column].to_pylist()), np.array(table["episode_index"].to_pylist()))
+        pq.write_table(table.set_column(place, kind, pa.array(values.tolist(), kind.type)), path)
+
+
+def names(findings):
+    return {finding.name for finding in findings}
+
+
+def test_dropped_frames_are_found_in_their_episode(copy):
+    shift = lambda times, episodes: times + np.where((episodes == 2) & (times > 3), 0.4, 0)
+    rewrite(copy, "timestamp", shift)
+    found = examine(copy)
+    assert names(found) == {"dropped frames"} and found[0].severity == "error"
+    assert found[0].episodes == (2,) and found[0].text == "4 frames are missing between others, in episode 2"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda times, _: times / 3, "they run at 30 Hz, info.json says 10 Hz"),
+        (
+            lambda times, e: np.where((e == 5) & (times > 2), times - 1, times),
+            "not later than the one before",
+        ),
+        (lambda times, _: times * 1.009, "they drift from 10 Hz"),
+    ],
+)
+def test_wrong_time_stamps_are_found(copy, change, message):
+    rewrite(copy, "timestamp", change)
+    found = examine(copy)
+    assert names(found) <= {"time stamps", "dropped frames"}
+    assert message in " ".join(finding.text for finding in found)
+
+
+def test_statistics_that_stayed_behind_are_found(copy):
+    rewrite(copy, "action", lambda action, _: action - [0, 0.5, 0, 0])
+    found = [finding for finding in examine(copy) if finding.name == "statistics"]
+    files = ["meta/episodes_stats.jsonl: action of episode 0 min"]
+    if copy.name == "v3.0":
+        files = [
+            "meta/stats.json: action min",
+            "meta/episodes/chunk-000/file-000.parquet: action of episode 0 min",
+        ]
+    assert len(found) == len(files) and {finding.severity for finding in found} == {"error"}
+    for finding, file in zip(found, files):
+        assert finding.text.startswith(file) and "'elbow'" in finding.text
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"action": 3}', '{"action": {"min": {}}}', '{"action": {"mean": ["a"]}}']
+)
+def test_damaged_statistics_are_a_finding_that_names_the_file(sound, tmp_path, content):
+    copy = shutil.copytree(sound["v3.0"], tmp_path / "data")
+    (copy / "meta/stats.json").write_text(content)
+    found = examine(copy)
+    assert [(f.severity, f.name) for f in found] == [("error", "statistics")]
+    assert "meta/stats.json" in found[0].text and "\n" not in str(found[0])
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "{}", '{"episode_index": 0}', '{"episode_index": 99, "stats": {"action": {}}}']
+)
+def test_damaged_lines_of_statistics_are_a_finding_that_names_the_file(sound, tmp_path, line):
+    copy = shutil.copytree(sound["v2.1"], tmp_path / "data")
+    with (copy / "meta/episodes_stats.jsonl").open("a") as file:
+        file.write(line)
+    found = examine(copy)
+    assert [(f.severity, f.name) for f in found] == [("error", "statistics")]
+    assert "episodes_stats.jsonl" in found[0].text and "\n" not in str(found[0])
+
+
+def test_what_the_columns_tell_is_told_when_a_video_is_broken(tmp_path):
+    root = write(tmp_path / "data", dead)
+    for path in root.rglob("*.mp4"):
+        path.write_bytes(b"no video")
+    assert [f.name for f in examine(root, videos=True)] == ["unreadable", "dead dimension"]
+
+
+def test_statistics_of_more_frames_are_found(sound, tmp_path):
+    copy = shutil.copytree(sound["v3.0"], tmp_path / "data")
+    stats = json.loads((copy / "meta/stats.json").read_text())
+    stats["action"]["count"] = [700]
+    (copy / "meta/stats.json").write_text(json.dumps(stats))
+    assert [f.text for f in examine(copy)] == ["meta/stats.json: action counts 700 frames, there are 600"]
+
+
+def test_a_wrong_number_of_tasks_is_found(copy):
+    info = json.loads((copy / "meta/info.json").read_text())
+    info["total_tasks"] = 9
+    (copy / "meta/info.json").write_text(json.dumps(info))
+    assert "info.json counts 9 tasks, the file of tasks has 2" in " ".join(f.text for f in examine(copy))
+
+
+def test_an_empty_instruction_is_an_error(sound, tmp_path):
+    copy = shutil.copytree(sound["v2.1"], tmp_path / "data")
+    lines = [{"task_index": 0, "task": TASKS[0]}, {"task_index": 1, "task": " "}]
+    (copy / "meta/tasks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = examine(copy)
+    assert {f.severity for f in found} == {"error"}
+    assert names(found) <= {"instructions", "unreadable"}
+
+
+def test_findings_come_worst_first_with_the_datasets_own_episodes(tmp_path):
+    everything = lambda e, s, a: other_sign(e, *hanging(e, *dead(e, s, a)))
+    root = write(tmp_path / "data", everything, tasks=("put it there", "task_0"))
+    found = examine(root)
+    assert [f.severity for f in found] == sorted(
+        (f.severity for f in found), key=("error", "warning", "note").index
+    )
+    assert next(f for f in found if f.name == "gripper sign").episodes == (2, 9)
+    assert next(f for f in found if f.name == "frozen dimension").text.endswith("in episode 3")
+
+
+@pytest.mark.parametrize("damage", ["nothing there", "no info", "a broken file"])
+def test_what_cannot_be_opened_is_one_finding(tmp_path, sound, damage):
+    root = tmp_path / "data"
+    if damage != "nothing there":
+        shutil.copytree(sound["v3.0"], root)
+        (root / "meta/info.json").unlink() if damage == "no info" else None
+        next((root / "data").rglob("*.parquet")).write_bytes(b"PAR1") if damage == "a broken file" else None
+    found = examine(root)
+    assert [(f.severity, f.name) for f in found] == [("error", "unreadable")] and "\n" not in str(found[0])
+
+
+def run(capsys, *words):
+    try:
+        main(list(map(str, words)))
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    return status, capsys.readouterr().out.splitlines()
+
+
+def test_the_program_prints_a_line_for_each_finding_and_exits_by_severity(capsys, tmp_path, sound):
+    warned = write(tmp_path / "warned", dead)
+    faulty = write(tmp_path / "faulty", relative)
+    assert run(capsys, sound["v3.0"]) == (0, [f"{sound['v3.0']}: 0 errors, 0 warnings, 0 notes"])
+    status, lines = run(capsys, warned)
+    assert status == 0 and lines == [
+        "warning dead dimension: action 'elbow' is always 0.25",
+        f"{warned}: 0 errors, 1 warning, 0 notes",
+    ]
+    assert run(capsys, warned, "--strict")[0] == 1
+    status, lines = run(capsys, faulty, "--action_mode", "relative")
+    assert status == 1 and lines[0].startswith(
+        "error   actions relative twice: 3 of 3 dimensions look relative already"
+    )
+
+
+def test_the_card_shows_what_was_found(tmp_path, sound):
+    root = write(tmp_path / "data", waiting)
+    found = examine(root)
+    card = write_card(root, tmp_path / "card", found, videos=True)
+    text = card.read_text()
+    assert "| warning | idle stretches | in 42% of the frames nothing moves" in text
+    assert "| put the cup on the plate | 5 |" in text and "## Findings: 1 warning" in text
+    pictures = [line.split("(")[1].split(")")[0] for line in text.splitlines() if line.startswith("![")]
+    assert len(pictures) == 4 and all((card.parent / name).stat().st_size > 2000 for name in pictures)
+
+
+def test_no_image_is_decoded_unless_asked_for(sound, tmp_path, capsys):
+    root = shutil.copytree(sound["v3.0"], tmp_path / "data")
+    for path in root.rglob("*.mp4"):
+        path.write_bytes(b"")
+    recording = open_recording(root)
+    assert len(recording.columns["action"]) == 600
+    assert examine(root) == []
+    status, _ = run(capsys, root, "--card", tmp_path / "card")
+    assert status == 0 and (tmp_path / "card/card.md").is_file()

@@ -1,0 +1,148 @@
+"""What is trained is said before it starts, and every loss that a head returns is logged."""
+
+import io
+import math
+from contextlib import redirect_stderr
+
+import pytest
+import torch
+
+from vla_bench.config import ConfigError, load_config
+from vla_bench.models.backbones.tiny_composed import write_tiny_composed
+from vla_bench.models.heads.mlp import MLPHead
+from vla_bench.registry import HEADS
+from vla_bench.training.imitation import train
+from vla_bench.training.loop import read_metrics
+from vla_bench.training.optim import parts_text
+from vla_bench.training.run import set_up
+
+
+def row(run, start: str) -> dict:
+    (found,) = [each for each in run.parts if each["part"].startswith(start)]
+    return found
+
+
+@pytest.mark.parametrize("framework", ["OFT", "GR00T", "OpenVLA"])
+def test_every_parameter_is_counted_once(config, framework):
+    run = set_up(config("", framework))
+    total = sum(p.numel() for p in run.framework.parameters())
+    assert sum(each["parameters"] for each in run.parts[:-1]) == total == run.parts[-1]["parameters"]
+    held = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
+    assert run.parts[-1]["trained"] == held and run.parts[-1]["frozen"] == total - held
+
+
+def test_the_parts_are_those_of_the_model(config):
+    run = set_up(config("", "GR00T"))
+    head = sum(p.numel() for p in run.framework.action_model.parameters())
+    assert row(run, "action_model: FlowMatchingHead") == {
+        "part": "action_model: FlowMatchingHead",
+        "parameters": head,
+        "trained": head,
+        "frozen": 0,
+        "learning_rate": "0.001",
+    }
+    vision = sum(p.numel() for p in run.framework.component("vision_backbone"))
+    assert row(run, "vlm: vision encoder")["parameters"] == vision
+    assert {each["part"] for each in run.parts} >= {"vlm: projector", "vlm: language model", "all"}
+
+
+def test_a_composed_backbone_has_its_three_parts(config, tmp_path):
+    sizes = {"image_size": 32, "hidden_size": 32, "num_layers": 1, "vision_hidden_size": 32}
+    write_tiny_composed("prismatic", tmp_path / "prismatic", **sizes, vision_layers=2)
+    rates = "--trainer.learning_rate.vlm.vision_backbone 1e-6 --framework.freeze_projector true"
+    run = set_up(config(f"--framework.vlm.base_vlm {tmp_path}/prismatic {rates}"))
+    assert row(run, "vlm: vision encoder")["learning_rate"] == "1e-06"
+    assert row(run, "vlm: language model")["learning_rate"] == "0.0001"
+    assert row(run, "vlm: projector")["trained"] == 0 < row(run, "vlm: projector")["frozen"]
+
+
+def test_a_part_with_several_rates_shows_them_all_and_what_is_frozen(config):
+    rates = "--trainer.learning_rate.action_model.layers.2 5e-3"
+    run = set_up(config(f"{rates} --trainer.freeze_modules vlm.model.model.visual"))
+    head = row(run, "action_model")
+    assert head["learning_rate"] == "0.001, 0.005" and head["frozen"] == 0
+    vision = row(run, "vlm: vision encoder")
+    assert vision["trained"] == 0 == vision["parameters"] - vision["frozen"] and vision["learning_rate"] == ""
+
+
+def test_the_table_is_printed_before_the_first_step(config, capsys):
+    seen = []
+    run = train(config("--trainer.max_train_steps 1 --trainer.warmup_steps 0"))
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.index("learning_rate") < said.err.index("1/1")
+    train(config("--run_id other --trainer.max_train_steps 1 --trainer.warmup_steps 0"), show=seen.append)
+    assert parts_text(seen[0].parts) in said.err and seen[0].folder == run.with_name("other")
+
+
+@pytest.fixture
+def several(monkeypatch):
+    """Registers, for one test, a head that returns losses beside the one that is trained."""
+    monkeypatch.setattr(HEADS, "classes", dict(HEADS.classes))
+
+    @HEADS.register("Several")
+    class SeveralHead(MLPHead):
+        """The MLP head with two more losses."""
+
+        spoilt = 1.0
+
+        def loss(self, features, actions, is_pad, noise=None, time=None):
+            """Losses."""
+            found = super().loss(features, actions, is_pad, noise, time)
+            first = actions[..., 0][~is_pad].mean()
+            return {**found, "first_dim": first, "loss": 2 * first * self.spoilt}
+
+    return SeveralHead
+
+
+SEVERAL = "--framework.action_model.type Several --trainer.gradient_accumulation_steps 2"
+
+
+def test_every_loss_of_a_head_is_logged_and_shown(config, several):
+    with redirect_stderr(io.StringIO()) as said:
+        run = train(config(SEVERAL))
+    rows = [each for each in read_metrics(run / "metrics.jsonl") if "loss" in each]
+    assert len(rows) == 6 and all(each["loss/loss"] == pytest.approx(2 * each["first_dim"]) for each in rows)
+    probe = set_up(config(f"{SEVERAL} --run_id probe"))
+    keys = probe.sampler().batch(0) + probe.sampler().batch(1)
+    samples = [probe.view[key] for key in keys]
+    first = [a for s in samples for a in s["action"][~s["action_is_pad"]][:, 0]]
+    assert rows[0]["first_dim"] == pytest.approx(sum(first) / len(first), rel=1e-5)
+    assert f"first_dim={rows[-1]['first_dim']:.4f}" in said.getvalue()
+
+
+def test_other_losses_train_nothing(config, several, losses):
+    assert losses(train(config(SEVERAL))) == losses(
+        train(config("--run_id plain --trainer.gradient_accumulation_steps 2"))
+    )
+
+
+def test_another_loss_that_is_not_finite_stops_the_run(config, several, monkeypatch):
+    monkeypatch.setattr(several, "spoilt", math.inf)
+    with pytest.raises(FloatingPointError, match="step 1: the loss is -?inf"):
+        train(config(SEVERAL))
+
+
+@pytest.mark.parametrize("given", ["trainer.learning_rate=0.002", "--trainer.learning_rate 0.002"])
+def test_one_rate_may_stand_for_the_mapping(config, given):
+    run = set_up(config(given))
+    assert {group["initial_lr"] for group in run.optimizer.param_groups} == {0.002}
+    assert {group["name"] for group in run.optimizer.param_groups} == {"base", "base/no_decay"}
+    assert load_config(run.folder).trainer.learning_rate == 0.002
+
+
+def test_a_mapping_may_stand_for_one_rate(config, home):
+    one = config("trainer.learning_rate=0.002").to_dict()
+    run = set_up(load_config(one, ["trainer.learning_rate={base: 0.1, vlm: 0.01}"]))
+    assert {group["initial_lr"] for group in run.optimizer.param_groups} == {0.1, 0.01}
+
+
+@pytest.mark.parametrize("value", ["fast", "true", "[1e-3]"])
+def test_what_is_no_rate_is_refused(config, value):
+    with pytest.raises(ConfigError, match="trainer.learning_rate"):
+        set_up(config(f"trainer.learning_rate={value}"))
+
+
+def test_a_loss_of_the_model_in_half_precision_is_logged_in_full(config, losses):
+    run = train(config("--trainer.mixed_precision bf16 --trainer.max_train_steps 1 --trainer.warmup_steps 0"))
+    ((_, loss, _),) = losses(run)
+    assert torch.tensor(loss).bfloat16().item() != loss
