@@ -155,7 +155,7 @@ def image(self: LeRobotDataset, episode: Episode, key: str, frame: int, row: int
 def _instruction(self: LeRobotDataset, task: int, episode: Episode) -> str:
     if not self.files.tasks.get(task, "").strip():
         raise DatasetError(
-            f"{self.root}: episode {episode.index} has task_index {task}, which names no instruction"
+            f"{episode.data}: episode {episode.index} has task_index {task}, which names no instruction"
         )
     return self.files.tasks[task]
 
