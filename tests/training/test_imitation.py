@@ -302,8 +302,8 @@ def test_what_stands_beyond_an_episodes_end_is_not_learned(config, monkeypatch, 
 
 def test_a_chunk_is_padded_from_the_episodes_end_on(config):
     data = set_up(config()).data.train
-    lengths = np.diff([*data.starts, len(data)])
-    for start, length in zip(data.starts, lengths):
+    starts = data.dataset.starts
+    for start, length in zip(starts, np.diff([*starts, len(data)])):
         padded = [data[int(start) + frame]["action_is_pad"].sum() for frame in range(length)]
         assert padded == [max(0, frame + 4 - length) for frame in range(length)]
 

@@ -84,16 +84,12 @@ class PolicySpec:
     dataset: str  # whose statistics apply
     statistics_hash: str  # of dataset_statistics.json
     benchmark: str = ""  # the simulator that the demonstrations come from, if any
-    encoding: Mapping[str, Any] | None = (
-        None  # what the model sees of action and state, see `Encoding`; None: them
-    )
+    encoding: Mapping[str, Any] | None = None  # see `Encoding`; None: the model sees the numbers themselves
     image_transforms: Sequence[Mapping[str, Any]] = ()  # done to every image, see `ImageTransforms`
     observation_steps: int = 1  # observations that the model sees at once, the present one among them
     observation_stride: int = 1  # control steps between two
     prompt: str = "{lang}"  # the instruction, as this robot's samples had it
-    widths: tuple[
-        int, ...
-    ] = ()  # action, state and images of a model that is wider than the robot; empty: as wide
+    widths: tuple[int, ...] = ()  # see `Widths`; empty: the model is as wide as the robot
 
     @property
     def hash(self) -> str:

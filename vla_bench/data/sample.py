@@ -63,11 +63,11 @@ def _check_chunk(where: str, sample: Mapping) -> None:
     if sample["action_is_pad"].all():
         raise ValueError(f"{where}: every action is padding, so the sample teaches nothing")
 
-# %% ../../nbs/data/00_sample.ipynb #50506ef3
+# %% ../../nbs/data/00_sample.ipynb #097b0401
 _MASKS = {  # of what, which axis of it, and what an entry is
-    "image_mask": ("image", 0, "camera"),
-    "future_is_pad": ("future", 0, "later image"),
-    "action_mask": ("action", 1, "number of an action"),
+    "image_mask": ("image", 0, "cameras"),
+    "future_is_pad": ("future", 0, "later images"),
+    "action_mask": ("action", 1, "numbers of an action"),
 }
 
 
@@ -81,9 +81,7 @@ def _check_masks(where: str, sample: Mapping) -> None:
         if of in sample:
             count = len(sample[of]) if axis == 0 else np.shape(sample[of])[axis]
             if len(sample[key]) != count:
-                raise ValueError(
-                    f"{where}: {key!r} has {len(sample[key])} entries, expected one for each {entry}: {count}"
-                )
+                raise ValueError(f"{where}: {key!r} must say for each of {count} {entry} whether it is there")
 
 # %% ../../nbs/data/00_sample.ipynb #610516bb
 def check_sample(

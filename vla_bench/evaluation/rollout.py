@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ..benchmarks.benchmark import Benchmark, check_policy
 from ..config import require, require_whole
 from ..data.layout import PolicySpec, image_sizes
+from ..data.windows import History
 from .statistics import summarize
 from vla_bench.evaluation.workers import (
     EpisodeError,
@@ -105,6 +106,12 @@ def check_settings(
         raise ValueError(
             f"evaluation.n_action_steps is {settings.n_action_steps}, but the policy's horizon is {spec.horizon} "
             f"actions; set evaluation.n_action_steps to at most {spec.horizon}"
+        )
+    if spec.observation_steps > 1 and settings.n_action_steps != spec.observation_stride:
+        raise ValueError(
+            f"evaluation.n_action_steps is {settings.n_action_steps}, but the policy sees {spec.observation_steps} "
+            f"observations that are {spec.observation_stride} steps apart, and one is made each time that it looks; "
+            f"set evaluation.n_action_steps to {spec.observation_stride}"
         )
     limit = benchmark.spec.max_steps
     if settings.max_steps is not None and settings.max_steps > limit:
@@ -193,6 +200,8 @@ class Rollout:
         self.actions, self.frames, self.states = [], [], []
         self.attention_maps = []  # pairs: the frame at which the policy looked, and its AttentionMap
         self.failures: list[str] = []  # what the simulator did instead of an answer, once per trial
+        steps = policy.spec.observation_steps
+        self.history = History(steps) if steps > 1 else None  # of the times that the policy has looked
 
     def update(self, result: StepResult) -> bool:  # whether the episode is over
         """Books what the simulator reports."""
@@ -261,6 +270,7 @@ def check_chunk(
 def predict_actions(self: Rollout, observation: Mapping[str, Any]) -> np.ndarray:  # [K, D], to be executed
     """The next actions. Raises `ValueError` when the policy returns anything but finite [T, D]."""
     self.lang = observation["lang"]
+    observation = self.history.add(observation) if self.history else observation
     seed = prediction_seed(self.episode_spec.seed, self.num_predictions)
     returned = self.policy.predict(observation, seed=seed)
     chunk = check_chunk(returned, self.policy.spec, type(self.policy).__name__)

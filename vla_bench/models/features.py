@@ -31,6 +31,7 @@ class Features:
     state: Tensor | None = None  # [B, S], normalised proprioception; put in by the framework
     embodiment: Tensor | None = None  # long [B], which robot a sample is from, where there are several
     image: Tensor | None = None  # bool [B, L+K], true at an image's tokens; for heads that read the two apart
+    action_mask: Tensor | None = None  # bool [B, D], the numbers that each sample's robot has; None: all
 
     @property
     def extra(self) -> Tensor:
@@ -45,7 +46,7 @@ class Features:
 
         if count == 1:
             return self
-        names = ("hidden", "mask", "state", "embodiment", "image")
+        names = ("hidden", "mask", "state", "embodiment", "image", "action_mask")
         own = {name: repeat(getattr(self, name)) for name in names}
         return Features(**own, num_extra=self.num_extra)
 

@@ -143,8 +143,9 @@ def get_fsdp_wrapping_policy(self: Framework) -> None:
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #d14b666a
 @patch
 def read(self: Framework, batch: dict[str, Any]) -> Features:
-    """The features of a batch, with state and embodiment."""
-    return replace(self.features(batch), state=batch.get("state"), embodiment=batch.get("embodiment"))
+    """The features of a batch, with state, embodiment and the mask of its robots' actions."""
+    named = {name: batch.get(name) for name in ("state", "embodiment", "action_mask")}
+    return replace(self.features(batch), **named)
 
 
 @patch
@@ -204,8 +205,17 @@ def check_actions(
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #2f6a5140
 @patch
 def to_batch(self: Framework, examples: Sequence[Sample] | dict[str, Any]) -> dict[str, Any]:
-    """The batch of samples, or a batch as it is, on the model's device."""
+    """The batch of samples, or a batch as it is, on the model's device.
+
+    Raises `ValueError` for robots with different actions when the head cannot tell them apart.
+    """
     batch = examples if isinstance(examples, dict) else self.prepare(examples)
+    if "action_mask" in batch and not self.action_model.masks_actions:
+        raise ValueError(
+            f"{batch['origin'][0]}: some robots lack numbers of an action that others have, and the head "
+            f"{type(self.action_model).__name__} predicts every number for every robot; take a head that masks them, "
+            "such as FlowMatching or MLP, or train on robots with the same action"
+        )
     return to_device(batch, self.vlm.device)
 
 

@@ -173,6 +173,16 @@ def action_tensors(self: Prepare, examples: Sequence[Sample]) -> dict[str, Tenso
     codes = {} if self.codec is None else {"codes": pad_codes(self.codec.encode(actions, is_pad))}
     return codes | {"actions": torch.from_numpy(actions), "action_is_pad": torch.from_numpy(is_pad)}
 
+
+@patch
+def mask_tensor(self: Prepare, examples: Sequence[Sample]) -> dict[str, Tensor]:
+    """`action_mask` bool [B, D or wider] when a sample has one: the numbers that each robot has."""
+    if not any("action_mask" in e for e in examples):
+        return {}
+    every_number = np.ones(self.action_dim, bool)
+    masks = np.stack([e.get("action_mask", every_number) for e in examples])
+    return {"action_mask": torch.from_numpy(pad_width(masks, max(self.action_dim, self.model_action_dim)))}
+
 # %% ../../../nbs/models/frameworks/00_prepare.ipynb #a97d9777
 @patch
 def check_batch(
@@ -206,6 +216,7 @@ def __call__(
     batch |= {name: make([e["image"] for e in examples]) for name, make in self.extra_inputs.items()}
     if self.state_dim:
         batch["state"] = self.state_tensor(examples)
+    batch |= self.mask_tensor(examples)
     return batch | self.action_tensors(examples) if training else batch
 
 # %% ../../../nbs/models/frameworks/00_prepare.ipynb #d4dd8f32

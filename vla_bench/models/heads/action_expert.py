@@ -70,6 +70,7 @@ class ActionExpertHead(ActionHead):
 
     reads = "cache"
     offers_attention = True
+    masks_actions = True
 
     def __init__(
         self,
@@ -203,7 +204,7 @@ def loss(
     noise, time = flow.noise_and_time(actions, noise, time, flow.sample_time_pi0, r)
     token = self.state_token(None if state is None else state.repeat(r, 1), len(actions))
     error = flow.flow_loss(lambda x, t: self.velocity(x, t, prefix, token)[0], actions, noise, time)
-    return {"action_loss": self.mean(error, is_pad.repeat(r, 1))}
+    return {"action_loss": self.mean(error, is_pad.repeat(r, 1), features.action_mask)}
 
 # %% ../../../nbs/models/heads/90_action_expert.ipynb #54738911
 @patch
@@ -243,7 +244,8 @@ def denoise(
     x = flow.initial_noise(self, noise, len(features.mask), features.mask.device)
     prefix, looks = self.encode_context(features), []
     velocity = flow.note_attention(lambda x, time: self.velocity(x, time, prefix, maps=maps), looks)
-    return flow.euler(velocity, x, summed_times(self.steps)), looks
+    times = summed_times(self.steps)
+    return flow.euler(flow.hold_absent(velocity, x, features.action_mask, times), x, times), looks
 
 
 @patch

@@ -171,6 +171,7 @@ class DiffusionHead(ActionHead):
 
     reads = "last"
     offers_attention = True
+    masks_actions = True
 
     def __init__(
         self,
@@ -209,10 +210,14 @@ class DiffusionHead(ActionHead):
 
 # %% ../../../nbs/models/heads/70_diffusion.ipynb #65f76227
 @patch
-def zero_unused(self: DiffusionHead, actions: Tensor) -> Tensor:  # [..., D]
+def zero_unused(
+    self: DiffusionHead,
+    actions: Tensor,
+    mask: Tensor | None = None,  # bool [B, D], `Features.action_mask`
+) -> Tensor:  # [..., D]
     """Zeros in the dimensions that the robot does not have."""
     unused = torch.arange(self.action_dim, device=actions.device) >= self.valid_action_dim
-    return actions.masked_fill(unused, 0.0)
+    return actions.masked_fill(unused if mask is None else unused | ~mask[:, None], 0.0)
 
 # %% ../../../nbs/models/heads/70_diffusion.ipynb #d629858f
 @patch
@@ -227,7 +232,11 @@ def loss(
     if self.clip is not None:
         check_range(actions[~is_pad][:, : self.valid_action_dim], self.clip)
     r, why = self.repeats, f": repeated_diffusion_steps={self.repeats} draws per sample"
-    actions = self.zero_unused(actions.float()).masked_fill(is_pad[..., None], 0.0).repeat(r, 1, 1)
+    actions = (
+        self.zero_unused(actions.float(), features.action_mask)
+        .masked_fill(is_pad[..., None], 0.0)
+        .repeat(r, 1, 1)
+    )
     noise = torch.randn_like(actions) if noise is None else check_shape("noise", noise, actions.shape, why)
     if time is None:
         time = torch.randint(self.train_steps, (len(actions),), device=actions.device)
@@ -235,7 +244,8 @@ def loss(
     noisy = add_noise(actions, noise, torch.tensor(self.schedule, device=actions.device)[time])
     predicted, _ = self.network(noisy, time, features.repeated(r))
     target = noise if self.prediction == "epsilon" else actions
-    return {"action_loss": self.mean((predicted - target) ** 2, is_pad.repeat(r, 1))}
+    error = (predicted - target) ** 2
+    return {"action_loss": self.mean(error, is_pad.repeat(r, 1), features.action_mask)}
 
 # %% ../../../nbs/models/heads/70_diffusion.ipynb #38605315
 @patch
@@ -262,7 +272,8 @@ def predict_clean(
     if self.prediction == "epsilon":
         alpha_bar = self.schedule[step]
         clean = (x - math.sqrt(1 - alpha_bar) * clean) / math.sqrt(alpha_bar)
-    return self.zero_unused(clean if self.clip is None else clean.clamp(-self.clip, self.clip)), weights
+    clean = clean if self.clip is None else clean.clamp(-self.clip, self.clip)
+    return self.zero_unused(clean, features.action_mask), weights
 
 # %% ../../../nbs/models/heads/70_diffusion.ipynb #c8e6d447
 @patch

@@ -6,7 +6,8 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/flow.html.md"""
 
 # %% auto #0
 __all__ = ['TIME_SCALE', 'TIME_BUCKETS', 'flow_loss', 'sample_beta', 'sample_time_gr00t', 'sample_time_n17', 'sample_time_pi0',
-           'time_bucket', 'noise_and_time', 'initial_noise', 'euler_times', 'euler', 'note_attention', 'run_compiled']
+           'time_bucket', 'noise_and_time', 'initial_noise', 'euler_times', 'euler', 'hold_absent', 'note_attention',
+           'run_compiled']
 
 # %% ../../../nbs/models/heads/35_flow.ipynb #flow0002
 from collections.abc import Callable, Sequence
@@ -118,6 +119,19 @@ def euler(
     for t in times[:-1]:
         x = x + velocity(x, t) / rate
     return x
+
+# %% ../../../nbs/models/heads/35_flow.ipynb #843a399d
+def hold_absent(
+    velocity: Callable[[Tensor, float], Tensor],  # as `euler` takes it
+    noise: Tensor,  # [B, T, D], where sampling starts
+    mask: Tensor | None,  # bool [B, D], `Features.action_mask`; None: every robot has every number
+    times: Sequence[float],  # as `euler` takes them
+) -> Callable[[Tensor, float], Tensor]:
+    """A velocity that leads numbers that a robot lacks straight from the noise to zero."""
+    if mask is None:
+        return velocity
+    absent, straight = ~mask[:, None], -noise / (times[-1] - times[0])
+    return lambda x, t: torch.where(absent, straight, velocity(x, t))
 
 # %% ../../../nbs/models/heads/35_flow.ipynb #flow0046
 def note_attention(

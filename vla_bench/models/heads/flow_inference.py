@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..features import Features
-from .flow import euler, euler_times, time_bucket
+from .flow import euler, euler_times, hold_absent, time_bucket
 from .flow_matching import DiTFlowHead, FlowMatchingHead
 from .layerwise_flow import LayerwiseFlowMatchingHead
 from ..layers.dit import DiT
@@ -102,7 +102,8 @@ def denoise(self: CachedFlowSampler, x: Tensor, encoded: Features) -> Tensor:
     schedule = make_schedule(self, times[:-1], x.device)
     keys_values = cache_keys_values(self.dit, self.contexts(encoded))
     prefix = self.observation_tokens(encoded)
-    return euler(lambda x, t: self.cached_velocity(x, schedule[t], prefix, keys_values, encoded), x, times)
+    velocity = lambda x, t: self.cached_velocity(x, schedule[t], prefix, keys_values, encoded)
+    return euler(hold_absent(velocity, x, encoded.action_mask, times), x, times)
 
 # %% ../../../nbs/models/heads/45_flow_inference.ipynb #99617e6d
 @HEADS.register("FlowMatchingInference", aliases=("FlowMatchingInferenceHead",))

@@ -25,6 +25,7 @@ from vla_bench.models.heads.flow import (
     euler,
     euler_times,
     flow_loss,
+    hold_absent,
     initial_noise,
     noise_and_time,
     note_attention,
@@ -78,6 +79,7 @@ class DiTFlowHead(ActionHead):
 
     offers_attention = True
     embodiment_specific = True
+    masks_actions = True
     sample_time = staticmethod(sample_time_gr00t)  # training times, 0 is noise
     state_dropout = 0.0  # how often the state is withheld in training
 
@@ -208,7 +210,7 @@ def loss(
     noise, time = noise_and_time(actions, noise, time, self.sample_time, self.repeats)
     encoded = self.encode_context(features)
     error = flow_loss(lambda x, t: self.velocity(x, t, encoded)[0], noise, actions, time)
-    return {"action_loss": self.mean(error, is_pad)}
+    return {"action_loss": self.mean(error, is_pad, features.action_mask)}
 
 # %% ../../../nbs/models/heads/40_flow_matching.ipynb #b1898fef
 @patch
@@ -224,7 +226,8 @@ def denoise(self: DiTFlowHead, x: Tensor, encoded: Features) -> Tensor:
     def velocity(x: Tensor, t: float) -> Tensor:
         return self.velocity(x, torch.full(x.shape[:1], t, device=x.device), encoded)[0]
 
-    return euler(velocity, x, euler_times(self.steps))
+    times = euler_times(self.steps)
+    return euler(hold_absent(velocity, x, encoded.action_mask, times), x, times)
 
 # %% ../../../nbs/models/heads/40_flow_matching.ipynb #flma0036
 @patch
@@ -249,7 +252,8 @@ def attention(
     x = initial_noise(self, noise, len(features.hidden), features.hidden.device)
     encoded, looks = self.encode_context(features), []
     velocity = note_attention(lambda x, time: self.velocity(x, time, encoded, maps=True), looks)
-    euler(velocity, x, euler_times(self.steps))
+    times = euler_times(self.steps)
+    euler(hold_absent(velocity, x, encoded.action_mask, times), x, times)
     return torch.stack(looks).mean(0)
 
 # %% ../../../nbs/models/heads/40_flow_matching.ipynb #cce83dd2

@@ -50,12 +50,15 @@ class HeadSizes:
 def masked_mean(
     error: Tensor,  # [B, T, D]
     is_pad: Tensor,  # bool [B, T], true past the episode's end
+    mask: Tensor | None = None,  # bool [B, D], which numbers of an action each sample's robot has; None: all
 ) -> Tensor:  # scalar
     """The mean over actions that are not padding."""
     valid = ~is_pad
     if not valid.any():
         raise ValueError("every action of the batch is padding, so there is nothing to learn from")
-    return error[valid].mean()
+    if mask is None:
+        return error[valid].mean()
+    return error[valid[..., None] & mask[:, None]].mean()
 
 # %% ../../../nbs/models/heads/00_head.ipynb #07f71886
 class ActionCodec(Protocol):
@@ -93,6 +96,7 @@ class ActionHead(nn.Module):
     input_range: tuple[float, float] | None = None
     offers_attention = False  # whether `attention` tells where the actions look
     embodiment_specific = False  # whether it can have weights for each robot
+    masks_actions = False  # whether it leaves out, sample by sample, what `Features.action_mask` says
     adaptive_norm = False  # whether time enters through the norms and the state through the prompt (π0.5)
     assets = False  # whether it has files of its own, see `save_assets`
     separates_images = False  # whether it has to be told which tokens are an image's, `Features.image`
@@ -165,9 +169,16 @@ def save_assets(self: ActionHead, folder: str | Path) -> None:
 
 # %% ../../../nbs/models/heads/00_head.ipynb #head0024
 @patch
-def mean(self: ActionHead, error: Tensor, is_pad: Tensor) -> Tensor:
-    """The mean of an error [B, T, D] over valid actions and the dimensions that the robot has."""
-    return masked_mean(error[..., : self.valid_action_dim], is_pad)
+def mean(
+    self: ActionHead,
+    error: Tensor,  # [R·B, T, D], repeats behind each other
+    is_pad: Tensor,  # bool [R·B, T]
+    mask: Tensor | None = None,  # bool [B, D], `Features.action_mask`
+) -> Tensor:
+    """The mean of an error over valid actions and the dimensions that each sample's robot has."""
+    if mask is not None:
+        mask = mask[:, : self.valid_action_dim].repeat(len(error) // len(mask), 1)
+    return masked_mean(error[..., : self.valid_action_dim], is_pad, mask)
 
 
 @patch

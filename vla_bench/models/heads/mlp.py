@@ -63,6 +63,7 @@ class MLPHead(ActionHead):
     """Regresses T/K actions from each of K query tokens with an L1 loss (OpenVLA-OFT, §4)."""
 
     reads = "queries"
+    masks_actions = True
 
     def __init__(
         self,
@@ -106,7 +107,8 @@ def loss(
 ) -> dict[str, Tensor]:
     """`action_loss`: the mean absolute error over actions that are not padding."""
     self.check_actions(actions, is_pad)
-    return {"action_loss": self.mean((self.sample(features) - actions).abs(), is_pad)}
+    error = (self.sample(features) - actions).abs()
+    return {"action_loss": self.mean(error, is_pad, features.action_mask)}
 
 # %% ../../../nbs/models/heads/10_mlp.ipynb #shows003
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook

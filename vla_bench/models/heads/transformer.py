@@ -31,6 +31,7 @@ class TransformerHead(ActionHead):
 
     reads = "last"
     renamed_parameters = {"blanks": "action_queries"}
+    masks_actions = True
 
     def __init__(
         self,
@@ -77,7 +78,8 @@ def loss(
 ) -> dict[str, Tensor]:
     """`action_loss`: the squared or absolute error over actions that are not padding."""
     self.check_actions(actions, is_pad)
-    return {"action_loss": self.mean(self.error(self.sample(features) - actions), is_pad)}
+    error = self.error(self.sample(features) - actions)
+    return {"action_loss": self.mean(error, is_pad, features.action_mask)}
 
 # %% ../../../nbs/models/heads/60_transformer.ipynb #shows003
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
