@@ -1,4 +1,4 @@
-# make setup | quickstart | check | test | mutants | docs | lab | smoke | figures | speed | format | clean
+# make setup | quickstart | check | test | lowest | mutants | docs | lab | smoke | figures | speed | format | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -27,7 +27,7 @@ SAMPLE ?= 0
 SEED ?= 0
 AGAIN ?=
 
-.PHONY: setup system quickstart check test mutants docs smoke figures speed format lab clean
+.PHONY: setup system quickstart check test lowest mutants docs smoke figures speed format lab clean
 setup: $(BIN)/.ready system
 
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -73,6 +73,18 @@ smoke: setup $(MODEL)/config.json
 	papermill experiments/train.ipynb $(RUNS)/smoke/train.ipynb -p config experiments/configs/smoke.yaml --no-progress-bar
 	papermill experiments/evaluate.ipynb $(RUNS)/smoke/evaluate.ipynb -p config $(RUNS)/smoke --no-progress-bar
 	python -m vla_bench.evaluation.report $(RUNS)/smoke
+
+# The oldest versions that pyproject.toml allows, in an environment of their own: the smoke, and the cheap tests.
+LOWEST := .venv-lowest
+LOWEST_TESTS := tests/test_config.py tests/test_registry.py tests/data tests/serving tests/viz tests/training/test_run.py
+LOWEST_TESTS += tests/models/backbones/test_loading.py tests/models/frameworks/test_framework.py tests/models/heads/test_fast.py
+lowest: system
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check -q uv
+	$(LOWEST)/bin/uv pip install -q --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[$(EXTRAS)]'
+	touch $(LOWEST)/bin/.ready
+	$(MAKE) smoke BIN=$(LOWEST)/bin
+	$(LOWEST)/bin/python -m pytest -q $(LOWEST_TESTS)
 
 docs: setup
 	python docs/build.py

@@ -116,6 +116,28 @@ def test_a_word_that_is_no_command_is_refused(server):
     assert done["returncode"] == 2 and "invalid choice: 'evalute'" in done["output"]
 
 
+@pytest.mark.parametrize(
+    "words, missing",
+    [
+        (["train", "--config_yaml", str(RUN)], "torch"),
+        (["evaluate", "--run", str(RUN)], "torch"),
+        (["report", str(RUN), "--verify"], "torch"),
+        (["convert", "--list"], "torch"),
+        (["validate", "nowhere"], "pyarrow"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else value,
+)
+def test_a_package_that_is_not_installed_is_one_line(words, missing, server, tmp_path):
+    program = (
+        f"import sys; sys.modules[{missing!r}] = None; from vla_bench.__main__ import main; main({words!r})"
+    )
+    (tmp_path / "bare.py").write_text(program)
+    done = server({"program": [str(tmp_path / "bare.py")]})
+    hint = f"error: vla_bench {words[0]} needs '{missing}': pip install \"vla_bench[train]\""
+    assert done["returncode"] == 2 and done["output"].splitlines()[-1] == hint, done["output"]
+    assert "Traceback" not in done["output"]
+
+
 @pytest.fixture
 def evaluated(tmp_path, capsys):
     """A run whose checkpoint has a manifest, evaluated."""

@@ -37,6 +37,7 @@ ELSEWHERE = {
     "make test": ("is what runs this test", ".ci/run"),
     "make check": ("runs tests of this suite", "tests/test_readme.py::test_what_make_check_runs_exists"),
     "make lab": ("opens a browser", "tests/test_readme.py::test_jupyterlab_is_installed"),
+    "make lowest": ("downloads other versions", "tests/test_readme.py::test_what_make_lowest_runs_exists"),
     "make format": ("writes the notebooks anew", "tests/test_repo.py::test_export_and_clean_change_nothing"),
     "pip install vla_bench": ("there is no network", "tests/test_repo.py::test_the_base_install_needs_no_torch"),
     "python -m vla_bench.models.interop.convert --format openpi_pi0 SOURCE --config CONFIG.yaml --out RUN": (
@@ -206,6 +207,12 @@ def test_what_make_check_runs_exists():
     assert "tests/test_registry.py" in found and all(
         (ROOT / each.partition("::")[0]).exists() for each in found
     )
+
+
+def test_what_make_lowest_runs_exists():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = " ".join(re.findall(r"^LOWEST_TESTS \+?:?= (.*)$", makefile, re.M)).split()
+    assert len(named) > 5 and all((ROOT / each).exists() for each in named)
 
 
 def test_the_head_of_the_readme_can_be_registered(server, tmp_path):

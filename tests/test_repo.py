@@ -56,6 +56,7 @@ CROSS_CUTTING = {
     "evaluation/test_version_0_1.py": "an evaluation that version 0.1 began",
     "evaluation/test_watchdog.py": "rollout, workers and report: a simulator that hangs",
     "models/backbones/test_qwen_and_paligemma.py": "what both families keep to",
+    "models/heads/test_arguments.py": "every head: the defaults of its arguments, and each changed alone",
     "models/frameworks/test_contract.py": "what a framework expects of somebody's head",
     "models/frameworks/test_two_features.py": "two features of frameworks and heads together",
     "models/frameworks/test_values.py": "frameworks: values, not shapes",

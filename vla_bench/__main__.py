@@ -13,6 +13,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .registry import install_hint
+
 # %% ../nbs/97___main__.ipynb #12629a6b
 COMMANDS = {
     "train": ("vla_bench.training.imitation", "train a framework on demonstrations"),
@@ -32,7 +34,7 @@ FIRST_WORDS = {"record": ["record"]}  # of a module's own program, which has sev
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command that the first word names."""
+    """Runs the command that the first word names. One that needs a package that is not installed says how to get it."""
     lines = [f"  {name:8} {text}" for name, (_, text) in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="vla_bench",
@@ -46,7 +48,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see: vla_bench COMMAND --help")
     options = parser.parse_args((sys.argv[1:] if argv is None else argv) or ["--help"])
     words = [*FIRST_WORDS.get(options.command, []), *options.arguments]
-    importlib.import_module(COMMANDS[options.command][0]).main(words)
+    try:
+        importlib.import_module(COMMANDS[options.command][0]).main(words)
+    except ModuleNotFoundError as error:  # `pip install vla_bench` alone brings no torch
+        if error.name is None or error.name.startswith("vla_bench"):
+            raise
+        told = f"error: vla_bench {options.command} needs {error.name!r}: {install_hint(error.name)}"
+        print(told, file=sys.stderr)
+        raise SystemExit(2) from error
 
 # %% ../nbs/97___main__.ipynb #7e173a7b
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook

@@ -29,17 +29,22 @@ def level_of(image: Image.Image) -> int:
     return int(round(float(np.asarray(image).mean()) / 16)) % 16
 
 
-def encode(path: Path, frames: list, fps: float, codec: str = "libx264", options: dict | None = None) -> None:
+def encode(
+    path: Path,
+    frames: list,
+    fps: float,
+    codec: str = "libx264",
+    options: dict | None = None,
+    container: dict | None = None,
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(
-            codec, rate=Fraction(fps).limit_denominator(100000), options=options or {}
-        )
+    with av.open(str(path), "w", options=container or {}) as file:
+        stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(100000), options=options or {})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
 
 
 def png(array: np.ndarray) -> dict:

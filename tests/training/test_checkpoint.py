@@ -1,5 +1,7 @@
 """A process that is killed while it writes a checkpoint leaves the one before, whole."""
 
+import json
+import random
 import signal
 import subprocess
 import sys
@@ -7,10 +9,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from vla_bench.config import load_config
 from vla_bench.serving.policy import Policy
-from vla_bench.training.checkpoint import list_checkpoints
+from vla_bench.training.checkpoint import (
+    find_checkpoint,
+    latest_checkpoint,
+    list_checkpoints,
+    rng_state,
+    set_aside,
+    set_rng_state,
+)
 from vla_bench.training.imitation import train
 
 KILLED = """
@@ -63,3 +73,37 @@ def test_a_restart_removes_the_unfinished_one_and_goes_on(killed, losses):
     assert not (killed.run / "checkpoints/.step_000004.tmp").exists()
     assert [p.name for p in list_checkpoints(killed.run)] == ["step_000002", "step_000004", "step_000006"]
     assert [step for step, _, _ in losses(killed.run)] == [1, 2, 3, 4, 5, 6]
+
+
+def draws() -> list:
+    """Numbers of all three generators; numpy keeps half of a pair for the next call."""
+    numbers = [torch.randn(3).tolist(), np.random.standard_normal(3).tolist(), random.gauss(0, 1)]
+    return [*numbers, np.random.rand(), random.random()]
+
+
+def test_all_three_generators_come_back():
+    np.random.standard_normal()
+    state = json.loads(json.dumps(rng_state()))
+    first = draws()
+    assert draws() != first
+    set_rng_state(state)
+    assert draws() == first
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A run with checkpoints of steps 2, 10 and 1,000,000."""
+    for step in (2, 10, 1_000_000):
+        (tmp_path / f"checkpoints/step_{step:06d}").mkdir(parents=True)
+    return tmp_path
+
+
+def test_the_newest_checkpoint_is_the_one_with_the_most_steps(three):
+    assert latest_checkpoint(three).name == find_checkpoint(three).name == "step_1000000"
+    assert find_checkpoint(three, 10).name == find_checkpoint(three, "step_000010").name == "step_000010"
+    assert latest_checkpoint(three / "elsewhere") is None
+
+
+def test_only_checkpoints_beyond_the_step_are_set_aside(three):
+    assert set_aside(three, 10) == ["step_1000000.damaged"]
+    assert [path.name for path in list_checkpoints(three)] == ["step_000002", "step_000010"]

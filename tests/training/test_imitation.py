@@ -60,6 +60,21 @@ def test_a_resumed_run_repeats_the_losses_and_the_weights(config, straight, loss
     assert all(torch.equal(expected[key], again[key]) for key in expected)
 
 
+def test_a_resumed_run_accumulates_from_the_same_place_and_trains(config, losses, monkeypatch):
+    options, modes, clean = "--trainer.gradient_accumulation_steps 2", set(), imitation.update
+    expected = losses(train(config(f"{options} --run_id straight")))
+
+    def watching(run, batches):
+        modes.update(module.training for module in run.model.modules())
+        return clean(run, batches)
+
+    run = train(config(options))
+    shutil.rmtree(latest_checkpoint(run))
+    monkeypatch.setattr(imitation, "update", watching)
+    train(load_config(run, "--trainer.resume true"))
+    assert losses(run) == expected and modes == {True}
+
+
 def test_a_policy_in_bfloat16_leaves_the_training_in_float32(config, straight, losses):
     run = train(config("--framework.inference_model.vlm.dtype bfloat16", straight.framework))
     shutil.rmtree(latest_checkpoint(run))
@@ -191,8 +206,9 @@ def test_accumulation_is_exact_although_chunks_hold_padding(config):
 
 def test_two_processes_train_like_one(config, losses, tmp_path):
     """Two processes with batch 2 see in each step what one process with batch 4 sees."""
-    alone = train(config("--run_id alone --trainer.per_device_batch_size 4"))
-    config("--run_id pair --trainer.per_device_batch_size 2").save(tmp_path / "pair.yaml")
+    measured = "--trainer.eval_samples 8"  # four for each
+    alone = train(config(f"--run_id alone --trainer.per_device_batch_size 4 {measured}"))
+    config(f"--run_id pair --trainer.per_device_batch_size 2 {measured}").save(tmp_path / "pair.yaml")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "vla_bench.training.imitation", "--config_yaml", tmp_path / "pair.yaml"]
@@ -200,6 +216,8 @@ def test_two_processes_train_like_one(config, losses, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     pair = tmp_path / "pair"
     np.testing.assert_allclose(losses(pair), losses(alone), rtol=1e-3)
+    (ours,), (theirs,) = evaluations_of(pair), evaluations_of(alone)
+    assert ours == pytest.approx(theirs, rel=1e-3)
     assert len(json.loads((latest_checkpoint(pair) / "trainer/rng.json").read_text())) == 2
 
 
@@ -284,8 +302,8 @@ def test_what_stands_beyond_an_episodes_end_is_not_learned(config, monkeypatch, 
 
 def test_a_chunk_is_padded_from_the_episodes_end_on(config):
     data = set_up(config()).data.train
-    lengths = np.diff([*data.starts, len(data)])
-    for start, length in zip(data.starts, lengths):
+    starts = data.dataset.starts
+    for start, length in zip(starts, np.diff([*starts, len(data)])):
         padded = [data[int(start) + frame]["action_is_pad"].sum() for frame in range(length)]
         assert padded == [max(0, frame + 4 - length) for frame in range(length)]
 
@@ -331,12 +349,13 @@ def test_the_speed_is_the_mean_since_the_last_row(config, monkeypatch):
     readings = iter(range(10**6))
     clock = SimpleNamespace(perf_counter=lambda: float(next(readings) ** 2))
     monkeypatch.setattr(imitation, "time", clock)
-    run = train(config("--trainer.log_interval 2 --trainer.per_device_batch_size 2"))
+    sizes = "--trainer.per_device_batch_size 2 --trainer.gradient_accumulation_steps 2"
+    run = train(config(f"--trainer.log_interval 2 {sizes}"))
     rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
     for row, steps in zip(rows, ([0, 1], [2, 3], [4, 5]), strict=True):
         waited, computed = (np.mean([6 * k + more for k in steps]) for more in (1, 3))
         assert (row["data_s"], row["step_s"]) == (waited, computed)
-        assert row["samples_per_s"] == pytest.approx(2 / (waited + computed))
+        assert row["samples_per_s"] == pytest.approx(4 / (waited + computed))
 
 
 @pytest.fixture
@@ -375,6 +394,20 @@ def test_an_evaluation_starts_from_the_same_noise_for_the_same_seed(measured):
     assert imitation.evaluate(run) == first
     run.seed = 1
     assert imitation.evaluate(run) != first
+
+
+def test_no_two_samples_of_an_evaluation_start_from_the_same_noise(config, monkeypatch):
+    run = set_up(config("--trainer.per_device_batch_size 3", "GR00T"))
+    drawn, draw = [], type(run.framework).draw_noise
+
+    def watching(self, features, generator):
+        drawn.append(draw(self, features, generator))
+        return drawn[-1]
+
+    monkeypatch.setattr(type(run.framework), "draw_noise", watching)
+    imitation.evaluate(run)
+    noise = torch.cat(drawn).flatten(1)
+    assert len(drawn) > 2 and len(torch.unique(noise, dim=0)) == len(noise) == len(run.data.held_out)
 
 
 def test_an_evaluation_leaves_the_model_training(measured):

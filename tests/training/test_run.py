@@ -1,5 +1,10 @@
 """What a run refuses before it begins, and what it will not be continued with."""
 
+import os
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from vla_bench.config import ConfigError, load_config
@@ -8,7 +13,7 @@ from vla_bench.models.heads.mlp import MLPHead
 from vla_bench.registry import HEADS
 from vla_bench.training.checkpoint import latest_checkpoint
 from vla_bench.training.imitation import train
-from vla_bench.training.run import set_up
+from vla_bench.training.run import save, set_up
 
 
 @pytest.mark.parametrize(
@@ -160,3 +165,56 @@ def test_a_range_that_no_mode_reaches_is_refused_without_naming_one(config, tanh
 def test_a_head_that_declares_no_range_takes_any_numbers(config, tanh_head, monkeypatch):
     monkeypatch.setattr(tanh_head, "input_range", None)
     assert set_up(config(f"{TANH} --datasets.vla_data.normalization.action mean_std")).step == 0
+
+
+def swap_two_actions(root):
+    """Two actions of one episode change places: no statistic changes."""
+    file = root / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(file)
+    order = [1, 0, *range(2, len(table))]
+    place = table.schema.get_field_index("action")
+    swapped = table["action"].take(order).combine_chunks()
+    pq.write_table(table.set_column(place, table.schema.field("action"), swapped), file)
+    return "data/chunk-000/file-000.parquet has other content"
+
+
+def replace_the_instruction(root):
+    """The file of instructions is another one."""
+    file = root / "meta/tasks.parquet"
+    table = pq.read_table(file)
+    pq.write_table(pa.table({n: ["open the box"] if pa.types.is_string(table[n].type) else table[n]
+                             for n in table.column_names}), file)  # fmt: skip
+    return "meta/tasks.parquet has other content"
+
+
+def touch_a_video(root):
+    """One bit of a video is another one."""
+    file = sorted(root.glob("videos/**/*.mp4"))[0]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return f"{file.relative_to(root).as_posix()} has other content"
+
+
+@pytest.mark.parametrize("change", [swap_two_actions, replace_the_instruction, touch_a_video])
+def test_a_run_is_not_continued_on_other_data(config, home, tmp_path, change):
+    root = shutil.copytree(home / "toy", tmp_path / "toy")
+    run = set_up(config([f"datasets.vla_data.root={root}", "trainer.max_train_steps=3"]))
+    run.step = 1
+    save(run)
+    resumed = load_config(run.folder, "--trainer.resume true")
+    assert set_up(resumed).step == 1
+    told = change(root)
+    with pytest.raises(ValueError, match="it was trained on other data") as error:
+        set_up(resumed)
+    assert told in str(error.value)
+
+
+def test_a_video_that_was_only_touched_is_said_and_accepted(config, home, tmp_path, capsys):
+    root = shutil.copytree(home / "toy", tmp_path / "toy")
+    run = set_up(config([f"datasets.vla_data.root={root}"]))
+    run.step = 1
+    save(run)
+    os.utime(sorted(root.glob("videos/**/*.mp4"))[0])
+    assert set_up(load_config(run.folder, "--trainer.resume true")).step == 1
+    assert "1 video files have another time of modification" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """SIGTERM saves and leaves, and the run goes on as if nothing had been; Ctrl-C costs one line."""
 
+import json
 import os
 import signal
 import subprocess
@@ -201,3 +202,6 @@ def test_two_processes_stop_after_the_same_step_and_go_on_bit_for_bit(config, tm
     assert ended.stderr.count("SIGTERM: stopped after step 2 of 3") == 1
     assert names(tmp_path / "stopped") == ["step_000002", "step_000003"]
     assert_equal_runs(tmp_path / "stopped", tmp_path / "straight", losses)
+    for checkpoint in list_checkpoints(tmp_path / "stopped"):
+        first, second = json.loads((checkpoint / "trainer/rng.json").read_text())
+        assert first["torch"] != second["torch"], "each process draws its own noise"

@@ -6,8 +6,8 @@ Docs: https://vla-bench.github.io/vla_bench/data/doctor.html.md"""
 
 # %% auto #0
 __all__ = ['Stored', 'Recording', 'open_recording', 'stored_statistics', 'statistics_findings', 'examine', 'sampled_images',
-           'brisk_frames', 'video_findings', 'distributions', 'traces', 'episode_lengths', 'contact_sheet', 'facts',
-           'instruction_table', 'counted', 'card_text', 'write_card', 'main']
+           'brisk_frames', 'video_findings', 'distributions', 'traces', 'episode_lengths', 'contact_sheet', 'table',
+           'facts', 'instruction_table', 'counted', 'findings_table', 'card_text', 'write_card', 'main']
 
 # %% ../../nbs/data/82_doctor.ipynb #99a6c703
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -388,7 +388,14 @@ def contact_sheet(recording: Recording, episodes: int = 4) -> Image.Image:
         top += row[0].height + 4
     return sheet
 
-# %% ../../nbs/data/82_doctor.ipynb #8a6c606c
+# %% ../../nbs/data/82_doctor.ipynb #05ac529e
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    plain = lambda cell: " ".join(cell.split()).replace("|", "\\|")
+    return "\n".join("| " + " | ".join(map(plain, line)) + " |" for line in lines)
+
+
 def facts(recording: Recording) -> dict[str, str]:
     """What a dataset is, in a few lines."""
     dataset, length = recording.dataset, len(recording.dataset)
@@ -402,41 +409,36 @@ def facts(recording: Recording) -> dict[str, str]:
         "idle": f"{recording.idle.mean():.0%} of the frames",
     }
 
-
+# %% ../../nbs/data/82_doctor.ipynb #de05f887
 def instruction_table(recording: Recording, most: int = 10) -> str:
     """The commonest instructions and in how many episodes each is given."""
     first = recording.columns["task_index"][recording.starts[:-1]]
     counts = Counter(recording.dataset.files.tasks.get(int(task), "") for task in first)
-    lines = [
-        f"| {text.replace('|', chr(92) + '|') or '(none)'} | {count} |"
-        for text, count in counts.most_common(most)
-    ]
-    more = [f"| and {len(counts) - most} more | |"] if len(counts) > most else []
-    return "\n".join(["| instruction | episodes |", "|---|---|", *lines, *more])
+    rows = [(text or "(none)", str(count)) for text, count in counts.most_common(most)]
+    more = [(f"and {len(counts) - most} more", "")] if len(counts) > most else []
+    return table(["instruction", "episodes"], rows + more)
 
-# %% ../../nbs/data/82_doctor.ipynb #97da9238
+# %% ../../nbs/data/82_doctor.ipynb #6f0d5b2d
 def counted(numbers: Mapping[str, int]) -> str:
     """How many findings there are: "2 errors, 1 warning"; no word for a severity that is not given."""
     return ", ".join(f"{numbers[s]} {s}{'s' * (numbers[s] != 1)}" for s in SEVERITIES if s in numbers)
 
 
+def findings_table(findings: Sequence[Finding]) -> str:
+    """The findings in Markdown, one row each."""
+    return table(["", "finding", "what was seen"], [(f.severity, f.name, f.text) for f in findings])
+
+# %% ../../nbs/data/82_doctor.ipynb #cbe80f7c
 def card_text(recording: Recording, findings: Sequence[Finding], pictures: Mapping[str, str]) -> str:
     """The card in Markdown; `pictures` maps captions to files."""
-    told = facts(recording)
     count = Counter(finding.severity for finding in findings)
-    verdict = counted({name: number for name, number in count.items() if number})
-    rows = [f"| {f.severity} | {f.name} | {f.text.replace('|', chr(92) + '|')} |" for f in findings]
-    table = ["| | finding | what was seen |", "|---|---|---|", *rows] if rows else []
-    images = [f"![{caption}]({file})\n\n*{caption}*\n" for caption, file in pictures.items()]
-    parts = [
-        f"# {recording.dataset.name}",
-        "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in told.items())]),
-    ]
-    parts += [f"## Findings: {verdict or 'none'}", "\n".join(table)] if table else ["## Findings: none"]
-    parts += ["## Instructions", instruction_table(recording), "## Pictures", *images]
+    parts = [f"# {recording.dataset.name}", table(["", ""], facts(recording).items())]
+    parts += [f"## Findings: {counted(count) or 'none'}", *([findings_table(findings)] if findings else [])]
+    parts += ["## Instructions", instruction_table(recording), "## Pictures"]
+    parts += [f"![{caption}]({file})\n\n*{caption}*" for caption, file in pictures.items()]
     return "\n\n".join(parts) + "\n"
 
-# %% ../../nbs/data/82_doctor.ipynb #a1614582
+# %% ../../nbs/data/82_doctor.ipynb #a49c6627
 def write_card(
     root: str | Path,
     folder: str | Path,  # made where it is missing
@@ -467,7 +469,7 @@ def write_card(
     (folder / "card.md").write_text(card_text(recording, findings, pictures), encoding="utf-8")
     return folder / "card.md"
 
-# %% ../../nbs/data/82_doctor.ipynb #1bf9f6ae
+# %% ../../nbs/data/82_doctor.ipynb #eb21839f
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints what is wrong with a dataset, worst first; exit status 1 when something is."""
     parser = argparse.ArgumentParser(description="Look for faults in a LeRobot dataset.")
@@ -492,6 +494,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if count["error"] or (options.strict and count["warning"]):
         raise SystemExit(1)
 
-# %% ../../nbs/data/82_doctor.ipynb #9882037e
+# %% ../../nbs/data/82_doctor.ipynb #5f02a10f
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
     main()

@@ -30,7 +30,7 @@ class Part(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
 
-Whole = Annotated[int, Field(ge=0, le=10**9)]  # an index, or how many
+Whole = Annotated[int, Field(ge=0, le=10**11)]  # an index, or how many
 Size = Annotated[int, Field(ge=0, le=10**5)]  # of an axis
 
 

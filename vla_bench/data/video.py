@@ -114,6 +114,10 @@ class VideoReader:
             self._stream = self._container.streams.video[0]
             if self._stream.codec_context is None:
                 raise VideoError(f"{path}: cannot be opened as a video (its codec is not known)")
+            if self._container.format.name == "mpeg":  # most of its frames have no time
+                raise VideoError(
+                    f"{path}: an MPEG program stream cannot be read at random; convert it to MP4"
+                )
             self._stream.thread_type = "SLICE"
             self._stream.codec_context.thread_count = (
                 1  # more threads only wait for each other on small frames
@@ -150,7 +154,7 @@ def _seek(self: VideoReader, place: int, target: int) -> int:  # decoding time o
     while True:
         self._container.seek(place, stream=self._stream, backward=True)
         packets = self._container.demux(self._stream)
-        first = next(packets)
+        first = next(packet for packet in packets if packet.is_keyframe or packet.pts is None)
         if first.pts is None or first.pts <= target or first.dts is None or first.dts > place:
             break  # the last: there is no key frame further back
         place = first.dts - 1
@@ -185,12 +189,17 @@ def _decode_until(self: VideoReader, index: int, lookahead: int) -> av.VideoFram
     if self._at is not None and self._at < index <= self._at + lookahead:
         if frame := self._advance(target):
             return frame
-    for _ in range(4):
+    for further in (1, 2 * self._second(), int(target - self._ticks[0]), 0):
         began = self._seek(place, target)
         if frame := self._advance(target):
             return frame
-        place = min(began, place) - 1
+        place = min(began, place) - further
     return None
+
+
+@patch
+def _second(self: VideoReader) -> int:
+    return int(1 / self._stream.time_base)
 
 # %% ../../nbs/data/30_video.ipynb #dbff164d
 @patch

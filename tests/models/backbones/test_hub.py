@@ -141,6 +141,14 @@ def test_the_nearest_folder_is_named(asked):
             load_vlm(name)
 
 
+def test_a_name_that_a_folder_here_makes_a_path_says_so(asked):
+    with pytest.raises(
+        FileNotFoundError, match="not asked for on the hub, since there is a folder 'runs' here"
+    ):
+        load_vlm("runs/some-model")
+    assert asked == []
+
+
 def test_a_file_in_place_of_a_folder_is_named(asked):
     Path("runs/model.safetensors").touch()
     with pytest.raises(FileNotFoundError, match="it is a file, expected the folder that it is in"):

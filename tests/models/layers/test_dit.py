@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from vla_bench.models.layers.dit import (
     DiT,
     DiTBlock,
+    SelfAttentionBlock,
     TimeEmbedding,
     VLSelfAttention,
     adaptive_layer_norm,
@@ -163,3 +164,19 @@ def test_self_attention_is_norm_attention_and_feed_forward():
     w = block.feed_forward
     inner = F.gelu(w[0](block.norm2(y)), approximate="tanh")
     torch.testing.assert_close(layers(x, torch.ones(1, 3, dtype=torch.bool)), y + w[3](inner))
+
+
+@pytest.mark.parametrize("kind", ["DiTBlock", "SelfAttentionBlock"])
+def test_what_a_block_adds_is_dropped_before_it_is_added(kind):
+    """Beside the dropout within attention there is one behind it: what is added is nothing, or twice as much."""
+    torch.manual_seed(0)
+    block = DiTBlock(8, 2, None, 0.5) if kind == "DiTBlock" else SelfAttentionBlock(8, 2, 0.5)
+    block.attention.dropout.p = 0.0
+    with torch.no_grad():
+        block.feed_forward[3].weight.zero_()
+        block.feed_forward[3].bias.zero_()
+    x, seen = torch.randn(2, 5, 8), torch.ones(2, 5).bool()
+    run = lambda: block(x, torch.zeros(2, 8), None, None, False)[0] if kind == "DiTBlock" else block(x, seen)
+    dropped, added = run() - x, block.eval() and run() - x
+    kept = (dropped - 2 * added).abs() < 1e-5
+    assert (kept | (dropped.abs() < 1e-6)).all() and 0.2 < kept.float().mean() < 0.8

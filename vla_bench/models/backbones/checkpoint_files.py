@@ -146,7 +146,7 @@ def is_shard_name(name: Any, ending: str) -> bool:
     """Whether an entry of an index is the plain name of a file beside it, and not a path to elsewhere."""
     return isinstance(name, str) and name.endswith(ending) and Path(name).name == name and "\\" not in name
 
-
+# %% ../../../nbs/models/backbones/00_checkpoint_files.ipynb #ckfs0002
 def index_damage(index: Path) -> str | None:
     """What an index of shards promises and its folder does not hold; None for nothing."""
     where, ending = json.loads(index.read_text(encoding="utf-8")).get("weight_map"), shard_ending(index)
@@ -167,7 +167,7 @@ def index_damage(index: Path) -> str | None:
         return f"promises {len(lacking)} tensors that its files do not hold, the first is {lacking[0]!r}"
     return None
 
-
+# %% ../../../nbs/models/backbones/00_checkpoint_files.ipynb #ckfs0004
 def folder_damage(folder: Path) -> list[str]:
     """A line for each damaged file of a checkpoint's folder, with its path; empty when none is found."""
     found = []
@@ -209,7 +209,7 @@ HELD: Mapping[str, Sequence[str]] = {  # one of these files is enough
     "image processor": ("preprocessor_config.json", "processor_config.json", "prismatic_processor.json"),
 }
 
-
+# %% ../../../nbs/models/backbones/00_checkpoint_files.ipynb #ckfs0006
 def lacking(folder: Path, needs: Iterable[str]) -> list[str]:
     """Which of the `needs`, keys of `HELD`, a checkpoint's folder has no file of."""
     return [need for need in needs if not any(_holds(folder / name, need) for name in HELD[need])]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -110,29 +111,28 @@ class PrismaticProcessor:
         flat = [image for row in images for image in row]
         return batch | ({"pixel_values": self.pixels(flat)} if flat else {})
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the tokenizer's files and one of its own."""
-        self.tokenizer.save_pretrained(folder)
-        own = {
-            "grid": self.grid,
-            "image_token": self.image_token,
-            "padding_side": self.tokenizer.padding_side,
-        }
-        template = {"prompt": self.template.prompt, "picture": self.template.image_frame}
-        own |= {"template": template, "pixels": asdict(self.pixels)}
-        (Path(folder) / self.FILE).write_text(json.dumps(own, indent=2), encoding="utf-8")
+# %% ../../../nbs/models/backbones/44_prismatic.ipynb #prsm0002
+@patch
+def save_pretrained(self: PrismaticProcessor, folder: str | Path) -> None:
+    """Writes the tokenizer's files and one of its own."""
+    self.tokenizer.save_pretrained(folder)
+    own = {"grid": self.grid, "image_token": self.image_token, "padding_side": self.tokenizer.padding_side}
+    template = {"prompt": self.template.prompt, "picture": self.template.image_frame}
+    own |= {"template": template, "pixels": asdict(self.pixels)}
+    (Path(folder) / self.FILE).write_text(json.dumps(own, indent=2), encoding="utf-8")
 
-    @classmethod
-    def from_pretrained(cls, path: str | Path) -> "PrismaticProcessor":
-        """The processor that `save_pretrained` wrote. Raises `FileNotFoundError` where there is none."""
-        folder = checkpoint_folder(path, ("configuration", "tokenizer", "image processor"))
-        if not (folder / cls.FILE).is_file():
-            raise FileNotFoundError(f"{path} holds no {cls.FILE}, so it is no composed backbone")
-        own, tokenizer = read_object(folder / cls.FILE), load_tokenizer(folder)
-        with explained(folder, "the processor", cls.FILE):
-            saved, pixels = own.pop("template"), Pixels(**own.pop("pixels"))
-            template = PromptTemplate(saved["prompt"], saved["picture"])
-            return cls(tokenizer, pixels, template=template, **own)
+
+@patch(cls_method=True)
+def from_pretrained(cls: PrismaticProcessor, path: str | Path) -> PrismaticProcessor:
+    """The processor that `save_pretrained` wrote. Raises `FileNotFoundError` where there is none."""
+    folder = checkpoint_folder(path, ("configuration", "tokenizer", "image processor"))
+    if not (folder / cls.FILE).is_file():
+        raise FileNotFoundError(f"{path} holds no {cls.FILE}, so it is no composed backbone")
+    own, tokenizer = read_object(folder / cls.FILE), load_tokenizer(folder)
+    with explained(folder, "the processor", cls.FILE):
+        saved, pixels = own.pop("template"), Pixels(**own.pop("pixels"))
+        template = PromptTemplate(saved["prompt"], saved["picture"])
+        return cls(tokenizer, pixels, template=template, **own)
 
 # %% ../../../nbs/models/backbones/44_prismatic.ipynb #bc9489f9
 class PrismaticVisionConfig(PreTrainedConfig):
@@ -186,7 +186,7 @@ class PrismaticBase(PreTrainedModel):
         """Replaces the embedding of tokens."""
         self.base_model.language_model.set_input_embeddings(value)
 
-
+# %% ../../../nbs/models/backbones/44_prismatic.ipynb #prsn0008
 class PrismaticModel(PrismaticBase):
     """Vision backbone, projector and language model, without the output matrix."""
 
@@ -363,24 +363,33 @@ class Prismatic(VLM):
         """One id per token, [B, L], from 0 at the first valid one."""
         return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
 
-    def image_grids(self, inputs: dict[str, Tensor]) -> list[list[tuple[int, int]]]:
-        """Per sample and image, rows and columns of its tokens: the same for all."""
-        rows, columns = self.processor.grid
-        counts = self.image_token_mask(inputs).sum(1).tolist()
-        return [[(rows, columns)] * (count // (rows * columns)) for count in counts]
-
-    def model_inputs(self, inputs: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-        """The images and their places."""
-        if "pixel_values" not in inputs:
-            return {}
-        extra = mask.shape[1] - inputs["input_ids"].shape[1]
-        places = nn.functional.pad(self.image_token_mask(inputs), (0, extra))
-        return {"pixel_values": inputs["pixel_values"], "image_positions": places}
-
     @classmethod
     def load_processor(cls, path: str | Path) -> PrismaticProcessor:
         """The processor of a composed backbone's folder."""
         return PrismaticProcessor.from_pretrained(path)
+
+# %% ../../../nbs/models/backbones/44_prismatic.ipynb #prsm0005
+@patch
+def image_grids(self: Prismatic, inputs: dict[str, Tensor]) -> list[list[tuple[int, int]]]:
+    """Per sample and image, rows and columns of its tokens: the same for all."""
+    rows, columns = self.processor.grid
+    counts = self.image_token_mask(inputs).sum(1).tolist()
+    return [[(rows, columns)] * (count // (rows * columns)) for count in counts]
+
+
+@patch
+def model_inputs(self: Prismatic, inputs: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    """The images and their places."""
+    if "pixel_values" not in inputs:
+        return {}
+    extra = mask.shape[1] - inputs["input_ids"].shape[1]
+    places = nn.functional.pad(self.image_token_mask(inputs), (0, extra))
+    return {"pixel_values": inputs["pixel_values"], "image_positions": places}
+
+# %% ../../../nbs/models/backbones/44_prismatic.ipynb #prsm0007
+def _typed(registry: Registry, written: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under the one name of a component, whatever spelling was written."""
+    return {**settings, "type": registry.canonical(written["type"])}
 
 # %% ../../../nbs/models/backbones/44_prismatic.ipynb #170fea6e
 def compose(
@@ -422,11 +431,6 @@ def compose(
     )
     model = assemble(backbone.network, config, vision, between.to(config.dtype), llm.model)
     return backbone(model, processor)
-
-
-def _typed(registry: Registry, written: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under the one name of a component, whatever spelling was written."""
-    return {**settings, "type": registry.canonical(written["type"])}
 
 # %% ../../../nbs/models/backbones/44_prismatic.ipynb #shows003
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook

@@ -104,7 +104,7 @@ class Sizes:
         """One image size for all, as image processors name it."""
         return {"height": self.image, "width": self.image}
 
-
+# %% ../../../nbs/models/backbones/90_tiny.ipynb #tiny0002
 TINY_SIZES = {"image_size": 96, "hidden_size": 128, "num_layers": 3}
 TINY_SIZES |= {"vision_hidden_size": 96, "vision_layers": 3, "reserved_tokens": 0}
 ROPE = {"rope_type": "default", "rope_theta": 10.0}
@@ -125,14 +125,14 @@ QWEN_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-
+# %% ../../../nbs/models/backbones/90_tiny.ipynb #tiny0005
 def _mrope_section(head_dim: int) -> list[int]:
     """Rotary pairs for time, height and width, in Qwen's proportion of 2 : 3 : 3."""
     pairs = head_dim // 2
     time = pairs // 4
     return [time, (pairs - time) // 2, pairs - time - (pairs - time) // 2]
 
-
+# %% ../../../nbs/models/backbones/90_tiny.ipynb #tiny0007
 def _qwen_parts(corpus: Sequence[str], sizes: Sizes, name: str) -> tuple[dict, dict, ProcessorMixin]:
     tokenizer = train_tokenizer(
         corpus, QWEN_TOKENS, pad_token="<|endoftext|>", eos_token="<|im_end|>", padding_side="left"
@@ -151,7 +151,7 @@ def _qwen_parts(corpus: Sequence[str], sizes: Sizes, name: str) -> tuple[dict, d
     }
     return text, ids, processor
 
-
+# %% ../../../nbs/models/backbones/90_tiny.ipynb #tiny0009
 def _qwen_vision(sizes: Sizes) -> dict:
     """What the generations' vision towers share: 16-pixel patches, merged two by two."""
     width = sizes.vision_width
@@ -179,7 +179,7 @@ def _qwen2_5_vl(corpus: Sequence[str], sizes: Sizes) -> Built:
     )
     return transformers.Qwen2_5_VLForConditionalGeneration(config), processor
 
-
+# %% ../../../nbs/models/backbones/90_tiny.ipynb #tinz0010
 def _qwen3_vl(corpus: Sequence[str], sizes: Sizes) -> Built:
     text, ids, processor = _qwen_parts(corpus, sizes, "Qwen3VLProcessor")
     head_dim = sizes.width // 4
@@ -192,7 +192,7 @@ def _qwen3_vl(corpus: Sequence[str], sizes: Sizes) -> Built:
     )
     return transformers.Qwen3VLForConditionalGeneration(config), processor
 
-
+# %% ../../../nbs/models/backbones/90_tiny.ipynb #tinz0012
 def _qwen3_5(corpus: Sequence[str], sizes: Sizes) -> Built:
     text, ids, processor = _qwen_parts(corpus, sizes, "Qwen3VLProcessor")
     head_dim, last = sizes.width // 4, sizes.depth - 1
@@ -318,7 +318,7 @@ SMOL_TEMPLATE = (
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
-
+# %% ../../../nbs/models/backbones/90_tiny.ipynb #tinz0014
 def _idefics(corpus: Sequence[str], sizes: Sizes, name: str) -> Built:
     special = ["<|endoftext|>", "<|im_start|>", "<fake_token_around_image>", "<image>"]
     special += ["<end_of_utterance>", "<global-img>"]
@@ -417,7 +417,7 @@ def _llava(corpus: Sequence[str], sizes: Sizes) -> Built:
     )
     return transformers.LlavaForConditionalGeneration(config), processor
 
-
+# %% ../../../nbs/models/backbones/90_tiny.ipynb #tinz0017
 BUILDERS: dict[str, Callable[[Sequence[str], Sizes], Built]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -60,7 +61,7 @@ class Pixels:
             row[:] = np.concatenate(views)
         return torch.from_numpy(values)
 
-
+# %% ../../../nbs/models/backbones/40_vision.ipynb #visn0002
 def declared_normalisation(path: str | Path, default: Sequence[Sequence[float]]) -> list[list[float]]:
     """Mean and standard deviation that a model's folder declares; its family's where it declares none."""
     file = checkpoint_folder(path) / "preprocessor_config.json"
@@ -141,25 +142,30 @@ class VisionBackbone(nn.Module):
         ]
         return torch.cat(patches, dim=-1)
 
-    def settings(self) -> dict[str, Any]:
-        """All that `restore` needs, as plain data."""
-        towers = {name: getattr(self, name).config.to_dict() for name in self.names}
-        return {"pixels": asdict(self.pixels), "towers": towers}
-
-    @classmethod
-    def restore(cls, settings: Mapping[str, Any], attn_implementation: str | None = None) -> "VisionBackbone":
-        """The backbone that `settings` describes, with random weights, in torch's default type."""
-        options = {"dtype": torch.get_default_dtype(), "attn_implementation": attn_implementation}
-        towers = {}
-        for name, config in settings["towers"].items():
-            with quiet():
-                towers[name] = AutoModel.from_config(AutoConfig.for_model(**config), **options)
-            drop_unused(towers[name])
-        backbone = cls.__new__(cls)  # a subclass's own constructor reads folders
-        VisionBackbone.__init__(backbone, towers, Pixels(**settings["pixels"]))
-        return backbone
+# %% ../../../nbs/models/backbones/40_vision.ipynb #visn0006
+@patch
+def settings(self: VisionBackbone) -> dict[str, Any]:
+    """All that `restore` needs, as plain data."""
+    towers = {name: getattr(self, name).config.to_dict() for name in self.names}
+    return {"pixels": asdict(self.pixels), "towers": towers}
 
 
+@patch(cls_method=True)
+def restore(
+    cls: VisionBackbone, settings: Mapping[str, Any], attn_implementation: str | None = None
+) -> VisionBackbone:
+    """The backbone that `settings` describes, with random weights, in torch's default type."""
+    options = {"dtype": torch.get_default_dtype(), "attn_implementation": attn_implementation}
+    towers = {}
+    for name, config in settings["towers"].items():
+        with quiet():
+            towers[name] = AutoModel.from_config(AutoConfig.for_model(**config), **options)
+        drop_unused(towers[name])
+    backbone = cls.__new__(cls)  # a subclass's own constructor reads folders
+    VisionBackbone.__init__(backbone, towers, Pixels(**settings["pixels"]))
+    return backbone
+
+# %% ../../../nbs/models/backbones/40_vision.ipynb #visn0010
 def load_tower(
     path: str | Path,
     kinds: Sequence[str],
