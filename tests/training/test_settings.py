@@ -79,6 +79,8 @@ CHANGES = [
     (f"{VLA}.state_noise=0", {"state", "augmentation"}),
     (f"{VLA}.state_noise=0.5", {"state", "augmentation"}),
     (f"{VLA}.horizon=4", set()),
+    (f"{VLA}.image_transforms=[{{type: crop, fraction: 0.5}}]", {*SEEN, "state"}),
+    (f"{VLA}.future_frames=[2]", set()),
     ("framework.prompt='Please {lang}'", {"prompt", "tokens"}),
     ("framework.action_horizon=2", {"actions", "weights", "specification"}),
     ("framework.action_model.hidden_size=16", {"weights"}),
@@ -131,5 +133,14 @@ def test_the_defaults_are_these():
         "shift_pixels": 0,
         "state_noise": 0.0,
         "horizon": None,
+        "follow_links": False,
+        "mixture": None,
+        "robot": None,
+        "action_mode": "absolute",
+        "rotation": "",
+        "image_transforms": None,
+        "observation_steps": 1,
+        "observation_stride": 1,
+        "future_frames": [],
     }
     assert RunSettings("runs", "mine").seed == 0
