@@ -95,7 +95,8 @@ def test_the_bounds_themselves_are_allowed(changes):
 def test_a_benchmark_is_built_for_the_cameras_and_the_image_size_of_the_policy(settings, asked, monkeypatch):
     built = []
     monkeypatch.setattr(BENCHMARKS, "build", lambda section, **more: built.append((section, more)))
-    policy = SimpleNamespace(cameras=["left", "right"], image_size=[48, 64])
+    spec = PointReach().spec
+    policy = PolicySpec(spec.action, spec.state, ("left", "right"), (48, 64), 6, 10.0, {}, "none", "none")
     build_benchmark(EvaluationSettings(benchmark="point", **settings), policy)
     assert built == [({"type": "point", **asked}, {"cameras": ("left", "right"), "image_size": (48, 64)})]
 

@@ -19,7 +19,8 @@ from vla_bench.data.normalize import Normalizer, Statistics, save_statistics, st
 from vla_bench.files import write_manifest
 from vla_bench.models.attention_map import AttentionMap
 from vla_bench.serving import policy as policy_module
-from vla_bench.serving.policy import Policy, load_normalizers
+from vla_bench.serving.policy import Policy, load_normalizers, robot_spec
+from vla_bench.training.checkpoint import read_spec
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "version_0_1"
 
@@ -443,3 +444,87 @@ def test_a_heads_attention_that_is_none_is_refused_with_its_name(policy, observa
     with pytest.raises(ValueError, match=rf"^TransformerHead gave {named}.*; expected a floating") as caught:
         policy.attention(observation)
     assert "\n" not in str(caught.value)
+
+
+# A model that is wider than the robot, several robots, several observations.
+
+
+def normalizers_of(spec):
+    return {
+        "action": Normalizer(ACTION, spec.normalization["action"]),
+        "state": Normalizer(STATE, spec.normalization["state"]),
+    }
+
+
+def test_of_a_wider_model_the_robots_own_numbers_come_first_and_are_returned():
+    network = Echo()
+    network.action_dim, network.state_dim = 6, 4
+    wide = np.tile(np.arange(6, dtype=np.float32) / 10, (1, 5, 1))
+    network.predict_action = lambda examples, *, generator: (
+        network.seen.append(examples) or {"normalized_actions": wide}
+    )
+    spec = replace(SPEC, widths=(6, 4, 3))  # and of a camera more
+    physical = Policy(network, spec, normalizers_of(spec)).predict(SEEN, seed=0)
+    np.testing.assert_allclose(physical, np.tile([1.0, 0.7 + 0.4 * 0.1, 1.0], (5, 1)), rtol=1e-6)
+    (sample,) = network.seen[0]
+    np.testing.assert_allclose(sample["state"], [0.5, -0.5, 0, 0])
+    assert sample["image_mask"].tolist() == [True, True, False] and len(sample["image"]) == 3
+    assert sample["action_mask"].tolist() == [True] * 3 + [False] * 3
+
+
+def test_several_observations_are_each_normalised():
+    network = Echo()
+    network.state_dim = 4
+    spec = replace(SPEC, observation_steps=2)
+    policy = Policy(network, spec, normalizers_of(spec))
+    seen = {
+        **SEEN,
+        "image": [image for image in SEEN["image"] for _ in range(2)],
+        "state": [3.0, 15.0, 1.0, 25.0],
+    }
+    policy.predict(seen, seed=0)
+    (((sample,), *_),) = network.seen
+    np.testing.assert_allclose(sample["state"], [0.5, -0.5, -0.5, 0.5])
+    assert [image.getpixel((0, 0))[0] for image in sample["image"]] == [255, 255, 0, 0]
+    for count in (2, 3):
+        with pytest.raises(
+            ValueError, match=f"has {count} images, the policy sees 2 cameras .*2 images each"
+        ):
+            policy.predict({**seen, "image": seen["image"][:count]}, seed=0)
+
+
+def test_a_mask_of_cameras_reaches_the_network(echo):
+    echo.predict({**SEEN, "image_mask": np.array([False, True])}, seed=0)
+    echo.predict(SEEN, seed=0)
+    masked, plain = (examples[0] for examples, *_ in echo.framework.seen)
+    assert masked["image_mask"].tolist() == [False, True] and "image_mask" not in plain
+
+
+@pytest.fixture
+def two_robots(run):
+    """A run whose second robot acts at another rate."""
+    checkpoint = run / "checkpoints/step_000003"
+    spec = spec_from_dict(json.loads((checkpoint / "policy.json").read_text()))
+    (run / "policies").mkdir()
+    other = replace(spec, dataset="second", control_rate=7.0)
+    (run / "policies/second.json").write_text(json.dumps(spec_to_dict(other)))
+    return checkpoint, spec, other
+
+
+def test_of_several_robots_the_one_that_is_asked_for_is_served(two_robots):
+    checkpoint, spec, other = two_robots
+    assert robot_spec(checkpoint) == robot_spec(checkpoint, spec.dataset) == spec
+    assert robot_spec(checkpoint, "second") == other
+    with pytest.raises(ValueError, match="was not trained on 'secund'; did you mean 'second'"):
+        robot_spec(checkpoint, "secund")
+
+
+def test_the_robot_that_is_asked_for_reaches_the_policy(run, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(
+        policy_module, "robot_spec", lambda folder, dataset: asked.append(dataset) or read_spec(folder)
+    )
+    Policy.from_pretrained(run, dataset="second")
+    policy_module.main([str(run), "--dataset", "third"])
+    policy_module.main([str(run)])
+    assert asked == ["second", "third", None]

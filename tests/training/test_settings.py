@@ -79,6 +79,7 @@ CHANGES = [
     (f"{VLA}.state_noise=0", {"state", "augmentation"}),
     (f"{VLA}.state_noise=0.5", {"state", "augmentation"}),
     (f"{VLA}.horizon=4", set()),
+    (f"{VLA}.follow_links=true", set()),
     (f"{VLA}.image_transforms=[{{type: crop, fraction: 0.5}}]", {*SEEN, "state"}),
     (f"{VLA}.future_frames=[2]", set()),
     ("framework.prompt='Please {lang}'", {"prompt", "tokens"}),

@@ -19,6 +19,8 @@ FLOW = {
     "hidden_size": 768, "num_layers": 16, "num_heads": 12, "num_future_tokens": 32, "dropout": 0.2,
     "repeated_diffusion_steps": 8, "num_inference_timesteps": 4, "num_vl_layers": 0, "num_vl_heads": None,
     "max_positions": None, "mlp_size": None, "output_size": None, "compile": False, "interleave_self_attention": True,
+    "mask_padding": True, "mask_vl_padding": True, "attend_text_every_n_blocks": None, "vl_dropout": None,
+    "state_dropout": 0.0, "time_sampling": "n15",
 }  # fmt: skip
 LAYERWISE = {
     "hidden_size": None, "num_layers": None, "num_heads": None, "interleave_self_attention": True,
@@ -71,6 +73,8 @@ OTHER_FLOW = {
     "hidden_size": 24, "num_layers": 4, "num_heads": 4, "num_future_tokens": 5, "dropout": 0.35,
     "repeated_diffusion_steps": 3, "num_inference_timesteps": 7, "num_vl_layers": 2, "num_vl_heads": 3,
     "max_positions": 9, "mlp_size": 20, "output_size": 12, "compile": True,
+    "mask_padding": False, "mask_vl_padding": False, "attend_text_every_n_blocks": 1, "vl_dropout": 0.05,
+    "state_dropout": 0.25, "time_sampling": "n17",
 }  # fmt: skip
 SMALL = {
     "ActionExpert": {"hidden_size": 16, "intermediate_size": 20, "num_heads": 4},
