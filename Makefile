@@ -77,7 +77,7 @@ smoke: setup $(MODEL)/config.json
 # The oldest versions that pyproject.toml allows, in an environment of their own: the smoke, and the cheap tests.
 LOWEST := .venv-lowest
 LOWEST_TESTS := tests/test_config.py tests/test_registry.py tests/data tests/serving tests/viz tests/training/test_run.py
-LOWEST_TESTS += tests/models/backbones/test_loading.py tests/models/frameworks/test_framework.py tests/models/heads/test_fast.py
+LOWEST_TESTS += tests/models/frameworks/test_framework.py tests/models/heads/test_fast.py
 lowest: system
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --disable-pip-version-check -q uv

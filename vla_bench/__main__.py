@@ -22,6 +22,8 @@ COMMANDS = {
     "report": ("vla_bench.evaluation.report", "print the success rates of a run"),
     "record": ("vla_bench.benchmarks.metaworld", "record MetaWorld's scripted experts as a dataset"),
     "validate": ("vla_bench.data.lerobot", "check a LeRobot dataset and print one sample"),
+    "doctor": ("vla_bench.data.doctor", "what looks wrong with a dataset, worst first"),
+    "conversations": ("vla_bench.data.conversations", "check image-text data and print one sample"),
     "convert": (
         "vla_bench.models.interop.convert",
         "turn a checkpoint of another codebase into a run folder",
@@ -35,7 +37,7 @@ FIRST_WORDS = {"record": ["record"]}  # of a module's own program, which has sev
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that the first word names. One that needs a package that is not installed says how to get it."""
-    lines = [f"  {name:8} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:13} {text}" for name, (_, text) in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="vla_bench",
         description="A notebook-first workbench for vision-language-action models.",

@@ -1,10 +1,12 @@
 """Images as what they are: their shape, their names, and nothing bent into RGB."""
 
+import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vla_bench.data.lerobot import LeRobotDataset, validate
 from vla_bench.data.paths import DatasetError
@@ -144,3 +146,29 @@ def test_colours_of_16_bits_are_refused(make, tmp_path):
     root = make.v21(tmp_path / "ds", features=features, extra=extra)
     with pytest.raises(DatasetError, match="frame 0 of observation.images.top is an image of kind .*16 bits"):
         LeRobotDataset(root)[0]
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "PPM"])
+def test_stored_images_are_png_jpeg_or_webp(make, tmp_path, kind):
+    buffer = io.BytesIO()
+    Image.fromarray(make.level(3)).save(buffer, kind)
+    features = make.PLAIN | {make.TOP: make.camera(dtype="image")}
+    extra = {"action": make.counting(3), "observation.state": make.counting(3)}
+    extra[make.TOP] = lambda i: {"bytes": buffer.getvalue(), "path": None}
+    with pytest.raises(DatasetError, match="bytes that are no PNG or JPEG or WEBP image"):
+        LeRobotDataset(make.v21(tmp_path / "ds", features=features, extra=extra))[0]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_stored_images_of_these_kinds_are_read(make, tmp_path, kind):
+    def stored(i):
+        buffer = io.BytesIO()
+        Image.fromarray(make.level(i)).save(buffer, kind)
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    features = make.PLAIN | {make.TOP: make.camera(dtype="image")}
+    extra = {"action": make.counting(3), "observation.state": make.counting(3), make.TOP: stored}
+    root = make.v21(tmp_path / "ds", features=features, extra=extra)
+    dataset = LeRobotDataset(root)
+    assert [make.level_of(dataset[i]["image"][0]) for i in (7, 0, 10)] == [7, 0, 10]
+    assert validate(root) == []

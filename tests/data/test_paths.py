@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -178,8 +179,6 @@ def test_lengths_that_cannot_be_are_refused(make, tmp_path, length):
 
 
 def test_an_image_that_unpacks_to_more_than_it_declares_is_not_unpacked(make, tmp_path):
-    import numpy as np
-
     features = make.PLAIN | {make.TOP: make.camera(dtype="image")}
     extra = {"action": make.counting(3), "observation.state": make.counting(3)}
     bomb = make.png(np.zeros((9000, 9000), np.uint8))
@@ -190,3 +189,22 @@ def test_an_image_that_unpacks_to_more_than_it_declares_is_not_unpacked(make, tm
     ):
         read_all(root)
     assert pq.read_table(root / FILES["numbers"]).num_rows == 5
+
+
+@pytest.mark.parametrize(
+    "text", ["ffconcat version 1.0\nfile ../other.mp4\n", "#EXTM3U\n#EXTINF:1,\n../other.mp4\n"]
+)
+def test_a_video_that_is_a_playlist_of_other_files_is_refused(make, tmp_path, text):
+    path = make.v21(tmp_path / "ds") / FILES["video"]
+    shutil.copy(path, path.parents[1] / "other.mp4")
+    path.write_text(text)
+    with pytest.raises(DatasetError, match="episode_000001.mp4: cannot be opened as a video"):
+        read_all(tmp_path / "ds")
+
+
+def test_metadata_of_a_size_that_cannot_be_are_not_read(make, tmp_path):
+    root = make.v21(tmp_path / "ds")
+    with (root / "meta/tasks.jsonl").open("r+b") as file:
+        file.truncate(1 << 40)  # a file with a hole, which takes no room on the disk
+    with pytest.raises(DatasetError, match="tasks.jsonl has 1099511627776 bytes"):
+        read_all(root)

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vla_bench.data import table
 from vla_bench.data.lerobot import DatasetError, LeRobotDataset, validate
 from vla_bench.data.lerobot_files import read_files
 from vla_bench.data.table import read_table
@@ -122,10 +123,8 @@ def test_counters_are_whole_numbers(make, tmp_path, name):
 
 
 def test_files_are_read_once_however_many_episodes_they_hold(make, tmp_path, monkeypatch):
-    import vla_bench.data.table as module
-
-    read, real = [], module.read_columns
-    monkeypatch.setattr(module, "read_columns", lambda *a: read.append(a[1]) or real(*a))
+    read, real = [], table.read_columns
+    monkeypatch.setattr(table, "read_columns", lambda *a: read.append(a[1]) or real(*a))
     LeRobotDataset(make.v30(tmp_path / "ds", lengths=(3,) * 40))
     assert len(read) == 1
 

@@ -2,7 +2,9 @@
 
 from fractions import Fraction
 
+import av
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from vla_bench.data.lerobot import DatasetError, LeRobotDataset, validate
@@ -101,9 +103,6 @@ def test_a_video_of_another_rate_is_refused(make, tmp_path, rate):
 
 def test_frames_at_irregular_times_are_found_by_the_times_of_their_rows(make, tmp_path):
     """A recording whose camera was late now and then, with rows that say so."""
-    import av
-    import pyarrow.parquet as pq
-
     ticks = np.array([0, 3, 6, 10, 12, 16, 18, 21])  # of 90 Hz, for a camera of 30 Hz
 
     def irregular(path, frames, fps):
@@ -157,7 +156,6 @@ def test_a_video_of_another_length_is_found(make, tmp_path, extra):
 
 
 def test_a_grey_video_is_refused_though_it_is_declared_as_rgb(make, tmp_path):
-    import av
 
     def grey(path, frames, fps):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -364,14 +364,15 @@ def measured(config, monkeypatch):
 
     def evaluated(overrides: str, framework="OFT"):
         run = set_up(config(overrides, framework))
-        seen, rows = [], type(run.data.held_out).__getitem__
+        held_out = type(next(iter(run.data.held_out().values())))
+        seen, rows = [], held_out.__getitem__
 
         def watching(self, row):
             seen.append(row)
             return rows(self, row)
 
         with monkeypatch.context() as patch:
-            patch.setattr(type(run.data.held_out), "__getitem__", watching)
+            patch.setattr(held_out, "__getitem__", watching)
             found = imitation.evaluate(run)
         assert run.framework.training == run.framework.action_model.training
         return seen, found, run
@@ -382,7 +383,7 @@ def measured(config, monkeypatch):
 @pytest.mark.parametrize("count", [1, 2, 5, 1000])
 def test_an_evaluation_is_spread_evenly_over_what_is_held_out(measured, count):
     rows, found, run = measured(f"--trainer.eval_samples {count}")
-    total = len(run.data.held_out)
+    total = len(run.data.held_out()["toy"])
     expected = np.linspace(0, total - 1, min(count, total)).round().astype(int)
     assert rows == expected.tolist() and np.isfinite(found["eval/action_error"])
 
@@ -406,7 +407,8 @@ def test_no_two_samples_of_an_evaluation_start_from_the_same_noise(config, monke
     monkeypatch.setattr(type(run.framework), "draw_noise", watching)
     imitation.evaluate(run)
     noise = torch.cat(drawn).flatten(1)
-    assert len(drawn) > 2 and len(torch.unique(noise, dim=0)) == len(noise) == len(run.data.held_out)
+    assert len(drawn) > 2 and len(torch.unique(noise, dim=0)) == len(noise)
+    assert len(noise) == len(run.data.held_out()["toy"])
 
 
 def test_an_evaluation_leaves_the_model_training(measured):
@@ -417,8 +419,7 @@ def test_an_evaluation_leaves_the_model_training(measured):
         assert {module.training for module in run.framework.modules()} == {mode}
 
 
-def test_a_run_that_holds_nothing_out_measures_nothing(measured):
-    rows, found, run = measured("--datasets.vla_data.held_out 0.0001", "OFT")
+def test_a_run_that_holds_nothing_out_measures_nothing(config, measured):
+    rows, found, _ = measured("--datasets.vla_data.held_out 0.0001", "OFT")
     assert rows and found
-    run.data.held_out = None
-    assert imitation.evaluate(run) == {}
+    assert imitation.evaluate(set_up(config("--run_id nothing --datasets.vla_data.held_out 0"))) == {}

@@ -133,7 +133,7 @@ def find_spans(
         ]
     if entries and not ours:
         return _modality_spans(files, entries, key)
-    width = vector_width(files, key, f"{files.root}: for the {role}")
+    width = vector_width(files, key, f"{files.root / 'meta/info.json'}: for the {role}")
     layout = Layout(feature_names(files.features[key], width), kind="unknown", gripper="unknown")
     if ours:
         where = f"{files.root / 'meta/info.json'}: vla_bench.{role}_layout"

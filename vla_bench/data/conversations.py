@@ -6,7 +6,8 @@ Docs: https://vla-bench.github.io/vla_bench/data/conversations.html.md"""
 
 # %% auto #0
 __all__ = ['COLOUR_MODES', 'KEY', 'FIXED', 'SHOWN', 'read_image', 'fit_pixels', 'ConversationSettings', 'Conversation',
-           'ConversationDataset', 'open_conversations', 'conversation_problems', 'summary', 'plain_text', 'main']
+           'ConversationDataset', 'open_conversations', 'conversation_problems', 'summary', 'plain_text',
+           'made_up_conversations', 'main']
 
 # %% ../../nbs/data/72_conversations.ipynb #49853ae3
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -14,6 +15,8 @@ if __name__ == "__main__" and "__file__" in globals() and not __package__:
 
 # %% ../../nbs/data/72_conversations.ipynb #ded0a891
 import argparse
+import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -238,22 +241,43 @@ def _print_sample(cfg: Config, sample: Conversation, settings: ConversationSetti
         module, name = SHOWN
         print(vars(import_module(module))[name](path, sample, settings.model_max_length))
 
+# %% ../../nbs/data/72_conversations.ipynb #shows010
+def made_up_conversations(
+    folder: str | Path,
+) -> dict[str, Any]:  # a configuration that names them
+    """Writes two conversations about a coloured square."""
+    folder = Path(folder)
+    entries = []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (32, 32), colour).save(folder / f"{colour}.png")
+        turns = [("human", "<image>\nWhich colour is it?"), ("gpt", f"It is {colour}.")]
+        said = [{"from": who, "value": text} for who, text in turns]
+        entries.append({"image": f"{colour}.png", "conversations": said})
+    (folder / "made_up.json").write_text(json.dumps(entries), encoding="utf-8")
+    place = {"annotation_path": str(folder / "made_up.json"), "data_path": str(folder)}
+    return {"datasets": {"vlm_data": {"dataset_use": "made_up", "data_dict": {"made_up": place}}}}
+
 # %% ../../nbs/data/72_conversations.ipynb #f467eb08
-def main(argv: Sequence[str] | None = None) -> None:
+def main(
+    argv: Sequence[str] | None = None,
+    made_up: bool = False,  # show made-up conversations where no configuration is named
+) -> None:
     """Checks the conversations of a configuration and prints one; exit status 1 when something is wrong."""
     parser = argparse.ArgumentParser(
         description="Check the conversations of a configuration and print one.",
         epilog="Overrides: --datasets.vlm_data.dataset_use a,b%50",
     )
-    parser.add_argument("--config_yaml", required=True, help="YAML file or run folder")
+    parser.add_argument("--config_yaml", required=not made_up, help="YAML file or run folder")
     parser.add_argument("--sample", type=int, default=0, help="which one to print")
     parser.add_argument(
         "--images", type=int, default=1000, help="of how many conversations images are decoded"
     )
     options, overrides = parser.parse_known_args(argv)
-    with cli_errors():
-        cfg = load_config(options.config_yaml, overrides)
+    with cli_errors(), tempfile.TemporaryDirectory() as folder:
+        cfg = load_config(options.config_yaml or made_up_conversations(folder), overrides)
         settings = cfg.section(KEY).into(ConversationSettings)
+        cfg.get("framework.vlm.base_vlm")  # read when the sample is printed
+        cfg.require_read()
         names = ",".join(filter(None, (settings.dataset_use, settings.eval_dataset)))
         sources = {source.name: source for source in parse_dataset_use(names, settings.data_dict)}
         problems = [line for s in sources.values() for line in conversation_problems(s, options.images)]
@@ -269,4 +293,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 # %% ../../nbs/data/72_conversations.ipynb #b6fb26c6
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
-    main()
+    main(made_up=True)

@@ -25,7 +25,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..config import cli_errors, load_config, require
-from .images import camera_keys, image_shape, read_image, short_name
+from .images import camera_keys, feature_shape, read_image, short_name
 from .layout import Layout
 from .lerobot_files import Episode, read_files
 from .normalize import Normalizer, compute_statistics
@@ -104,8 +104,7 @@ def state_layout(self: LeRobotDataset) -> Layout | None:
 @patch(as_prop=True)
 def image_sizes(self: LeRobotDataset) -> tuple[tuple[int, int], ...]:
     """Height and width of each camera's images, in the order of the cameras."""
-    where = f"{self.root / 'meta/info.json'}: feature"
-    return tuple(image_shape(self.files.features[key], f"{where} {key!r}")[:2] for key in self._keys)
+    return tuple(feature_shape(self.files, key)[:2] for key in self._keys)
 
 
 @patch(as_prop=True)
@@ -156,7 +155,7 @@ def image(self: LeRobotDataset, episode: Episode, key: str, frame: int, row: int
 def _instruction(self: LeRobotDataset, task: int, episode: Episode) -> str:
     if not self.files.tasks.get(task, "").strip():
         raise DatasetError(
-            f"{self.root}: episode {episode.index} has task_index {task}, which names no instruction"
+            f"{episode.data}: episode {episode.index} has task_index {task}, which names no instruction"
         )
     return self.files.tasks[task]
 

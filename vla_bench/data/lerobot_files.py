@@ -53,6 +53,7 @@ class DatasetFiles:
     tasks: dict[int, str]  # by task_index, never by position in a list
     modality: Modality = field(default_factory=Modality)  # meta/modality.json, when there is one
     folder: Folder = field(kw_only=True)  # checks every file before it is opened
+    shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict, repr=False)  # see `feature_shape`
 
     @property
     def features(self) -> dict[str, Feature]:
@@ -186,9 +187,10 @@ def read_files(
             f"{root}/meta/info.json: codebase_version {info.codebase_version!r} is not known{near}"
         )
     episodes, tasks = READERS[info.codebase_version](folder, info)
+    listed = "episodes.jsonl" if info.codebase_version < "v3" else "episodes"
     if not episodes:
-        raise DatasetError(f"{root}: the dataset holds no episode")
-    check_once((episode.index for episode in episodes), f"{root / 'meta'}: episode_index")
+        raise DatasetError(f"{root / 'meta'}: {listed} lists no episode")
+    check_once((episode.index for episode in episodes), f"{root / 'meta' / listed}: episode_index")
     names = root / "meta/modality.json"
     modality = read_object(folder, names, Modality) if names.exists() else Modality()
     episodes = count_frames(episodes)

@@ -94,6 +94,12 @@ def episodes(self: SeenDataset) -> list[int]:
 
 
 @patch(as_prop=True)
+def starts(self: SeenDataset) -> np.ndarray:
+    """The sample at which each episode begins, and behind them the number of samples, [E + 1]."""
+    return self.dataset.starts
+
+
+@patch(as_prop=True)
 def action_layout(self: SeenDataset) -> Layout:
     """What a physical action means."""
     return self.dataset.action_layout

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from .columns import read_columns
-from .images import camera_keys, check_video, image_shape, not_rgb, read_image
+from .images import camera_keys, check_video, feature_shape, not_rgb, read_image
 from .lerobot_files import DatasetFiles, Episode, read_files
 from .paths import DatasetError
 from .schema import open_table
@@ -96,9 +96,7 @@ def check_video_rows(
     """Lines for a video that does not fit the rows of its episodes."""
     try:
         video = VideoReader(files.folder.check(path))
-        check_video(
-            video, image_shape(files.features[key], f"{files.root}/meta/info.json: feature {key!r}")[:2]
-        )
+        check_video(video, feature_shape(files, key)[:2])
     except (VideoError, DatasetError) as error:
         yield f"{error}; it holds episode {members[0][0].index}"
         return

@@ -36,6 +36,7 @@ def evaluate_run(
     overrides: Sequence[str] = (),
     out: str | Path | None = None,  # None for eval/<benchmark> in the run
     *,
+    dataset: str | None = None,  # of a run on several robots: whose policy; None for the first
     verify: bool = False,  # compare every byte of the checkpoint with its manifest, however large it is
     show_progress: bool = True,
 ) -> tuple[Path, dict[str, Any]]:  # the folder of the results, and what summary.json holds
@@ -47,7 +48,7 @@ def evaluate_run(
     from vla_bench.serving.policy import Policy  # here: help and refusals need no torch
 
     results = Path(out) if out is not None else run / "eval" / settings.benchmark
-    policy = Policy.from_pretrained(run, verify=verify)
+    policy = Policy.from_pretrained(run, dataset=dataset, verify=verify)
     return results, evaluate(policy, None, settings, results, show_progress=show_progress)
 
 # %% ../../nbs/evaluation/30_program.ipynb #bfa7c8e2
@@ -62,10 +63,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--config_yaml", "--run", required=True, help="run folder, or the YAML file that it was trained with"
     )
     parser.add_argument("--out", help="folder of the results; eval/<benchmark> in the run when left out")
+    parser.add_argument("--dataset", help="of a run on several robots: whose policy; the first when left out")
     parser.add_argument("--verify", action="store_true", help="compare every byte of the checkpoint first")
     options, overrides = parser.parse_known_args(argv)
     with cli_errors(WorkerError):
-        results, _ = evaluate_run(options.config_yaml, overrides, options.out, verify=options.verify)
+        which = {"dataset": options.dataset, "verify": options.verify}
+        results, _ = evaluate_run(options.config_yaml, overrides, options.out, **which)
         print(report_text(results))
 
 # %% ../../nbs/evaluation/30_program.ipynb #9ca40761

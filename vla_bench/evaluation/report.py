@@ -160,7 +160,9 @@ def verify_text(run: str | Path) -> str:
     run = Path(run).resolve()
     home = run.parent.parent if (run / "episodes.jsonl").exists() else run
     checkpoint = find_checkpoint(home)
-    found = Policy.from_pretrained(checkpoint, verify=True).fingerprint
+    robots = sorted(path.stem for path in (home / "policies").glob("*.json")) or [None]
+    policies = [Policy.from_pretrained(checkpoint, dataset=robot, verify=True) for robot in robots]
+    found = [policy.fingerprint for policy in policies]
     whole = (
         "every byte is as it was saved" if read_manifest(checkpoint) else "it has no manifest to compare with"
     )
@@ -168,9 +170,9 @@ def verify_text(run: str | Path) -> str:
     for benchmark in load_evaluations(run):
         folder = run if home != run else run / "eval" / benchmark
         evaluated = read_json(folder / "fingerprint.json", {"policy": str})["policy"]
-        if evaluated != found:
+        if evaluated not in found:
             raise ValueError(
-                f"{folder} holds episodes of the policy {evaluated}, {checkpoint} is {found}: it was evaluated before "
+                f"{folder} holds episodes of the policy {evaluated}, {checkpoint} is {' or '.join(found)}: it was evaluated before "
                 "the training went on, or the checkpoint was changed"
             )
         lines.append(f"{benchmark}: episodes of {checkpoint.name}, {whole}")
