@@ -6,10 +6,12 @@ The defaults are the papers' or the published code's, so they are written down h
 import inspect
 
 import pytest
+import torch
 from torch import nn
 
-from vla_bench.models.features import BackboneSizes
-from vla_bench.models.heads.head import HeadSizes
+from vla_bench.models.features import BackboneSizes, Features
+from vla_bench.models.heads.bins import BinsCodec
+from vla_bench.models.heads.head import ActionHead, HeadSizes
 from vla_bench.registry import HEADS
 
 BACKBONE = BackboneSizes(24, 3, 64, num_key_value_heads=2, head_dim=6, rope_theta=100.0)
@@ -207,3 +209,55 @@ def test_a_count_below_one_is_refused_and_one_is_not(name, argument):
         else {}
     )
     HEADS.get(name)(SIZES, **SMALL[name] | one | {argument: 1})
+
+
+@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("wrong", [{"horizon": 5}, {"action_dim": 2}, {"padding": 3}], ids=str)
+def test_a_loss_of_actions_that_do_not_fit_is_refused(name, wrong):
+    head = HEADS.get(name)(SIZES, **SMALL[name])
+    if head.reads == "tokens":  # the language model's loss is of codes
+        return
+    horizon, action_dim = wrong.get("horizon", SIZES.horizon), wrong.get("action_dim", SIZES.action_dim)
+    actions, is_pad = (
+        torch.zeros(2, horizon, action_dim),
+        torch.zeros(2, wrong.get("padding", horizon), dtype=torch.bool),
+    )
+    features = Features(
+        torch.zeros(2, 8, 24), torch.ones(2, 8, dtype=torch.bool), num_extra=4, state=torch.zeros(2, 2)
+    )
+    with pytest.raises(ValueError, match="is_pad is" if "padding" in wrong else "this head predicts"):
+        head.loss(features, actions, is_pad)
+
+
+DECLARED = {  # what a framework asks of each head
+    "ActionExpert": {"reads": "cache", "offers_attention": True, "masks_actions": True},
+    "Bins": {"reads": "tokens", "input_range": (-1.0, 1.0)},
+    "Diffusion": {"reads": "last", "offers_attention": True, "masks_actions": True},
+    "DiscreteDiffusion": {"reads": "last", "offers_attention": True},
+    "FlowMatching": {"reads": "last", "offers_attention": True, "masks_actions": True, "embodiment_specific": True},
+    "LayerwiseFlowMatching": {
+        "reads": "layers", "read_layers": [0, 2], "offers_attention": True, "masks_actions": True, "embodiment_specific": True,
+    },
+    "MLP": {"reads": "queries", "masks_actions": True, "num_queries": 4},
+    "Transformer": {"reads": "last", "masks_actions": True},
+}  # fmt: skip
+ASKED = ("reads", "num_queries", "read_layers", "input_range", "offers_attention", "embodiment_specific",
+         "adaptive_norm", "assets", "foreign", "masks_actions")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_a_head_declares_this_and_no_more(name):
+    head = HEADS.get(name)(SIZES, **SMALL[name])
+    expected = {key: getattr(ActionHead, key) for key in ASKED} | DECLARED[name]
+    assert {key: getattr(head, key) for key in ASKED} == expected
+
+
+def test_codes_of_bins_are_of_one_length_and_those_of_fast_are_not():
+    assert not HEADS.get("Bins")(SIZES).codec.stops and HEADS.get("FAST")(SIZES).codec.stops
+
+
+@pytest.mark.parametrize("given", [{"horizon": 0}, {"action_dim": 0}, {"num_bins": 1}])
+def test_a_codec_of_bins_has_something_to_encode(given):
+    with pytest.raises(ValueError, match="must be positive, num_bins=.* at least 2"):
+        BinsCodec(**{"horizon": 1, "action_dim": 1, "num_bins": 2} | given)
+    BinsCodec(horizon=1, action_dim=1, num_bins=2)

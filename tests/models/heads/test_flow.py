@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 
 from vla_bench.models.features import Features
+from vla_bench.models.heads import flow
 from vla_bench.models.heads.flow import (
     euler,
     euler_times,
@@ -192,3 +193,19 @@ def test_a_machine_that_cannot_compile_says_so(monkeypatch, fresh_compiler):
     features = Features(torch.ones(B, 1, 1), torch.ones(B, 1, dtype=torch.bool))
     with pytest.raises(RuntimeError, match=r"cpu.*no working C\+\+ compiler.*action_model.compile to false"):
         run_compiled(HEAD, torch.randn(B, T, D), features)
+
+
+def test_noise_is_drawn_where_the_features_are():
+    class Head:
+        def draw_noise(self, batch, generator=None, device="cpu"):
+            return batch, generator, device
+
+    assert initial_noise(Head(), None, 3, "meta") == (3, None, "meta")
+
+
+@pytest.mark.parametrize("graphs, mode", [(True, "reduce-overhead"), (False, None)])
+def test_a_sampler_is_compiled_whole_for_one_shape_and_into_a_graph_on_a_gpu(graphs, mode, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda denoise, **more: asked.append(more))
+    flow._compiled.__wrapped__(lambda head, x, encoded: x, graphs)
+    assert asked == [{"fullgraph": True, "dynamic": False, "mode": mode}]

@@ -179,3 +179,34 @@ def test_a_tensor_of_another_shape_is_refused_with_the_reason():
     assert check_shape("noise", given, (2, 3)) is given
     with pytest.raises(ValueError, match=r"noise is \[2, 3\], expected \[1, 2, 3\]: because"):
         check_shape("noise", given, (1, 2, 3), ": because")
+
+
+# --- what only some heads have ----------------------------------------------------------------------------------------
+
+
+def test_each_samples_own_numbers_count_in_every_draw(head):
+    """Two draws behind each other, and two robots: one has all three numbers, one the first alone."""
+    error = torch.arange(4 * 2 * D, dtype=torch.float32).reshape(
+        4, 2, D
+    )  # draws of two samples, two actions each
+    mask, is_pad = torch.tensor([[True] * D, [True, False, False]]), torch.zeros(4, 2, dtype=torch.bool)
+    kept = [error[row, t, d] for row in range(4) for t in range(2) for d in range(D if row % 2 == 0 else 1)]
+    torch.testing.assert_close(head.mean(error, is_pad, mask), torch.stack(kept).mean())
+
+
+class Renamed(Constant):
+    renamed_parameters = {"piece": "chunk"}
+
+
+def test_weights_under_an_old_name_are_loaded_and_the_callers_stay_as_they_were():
+    head = Renamed(HeadSizes(hidden_size=8, action_dim=D, horizon=T))
+    weights = {"piece": torch.ones(T, D)}
+    head.load_state_dict(weights)
+    assert float(head.chunk.detach().sum()) == T * D and list(weights) == ["piece"]
+    with pytest.raises(RuntimeError, match="piece"):
+        head.load_state_dict({"piece": torch.zeros(T, D), "chunk": torch.ones(T, D)})
+
+
+def test_the_name_that_fluxvla_uses_says_what_to_call(head):
+    with pytest.raises(AttributeError, match=r"here it is layer_classes\(\)"):
+        head.get_fsdp_wrapping_policy()

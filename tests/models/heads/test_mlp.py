@@ -5,7 +5,7 @@ import torch
 
 from vla_bench.models.features import Features
 from vla_bench.models.heads.head import HeadSizes
-from vla_bench.models.heads.mlp import MLPHead
+from vla_bench.models.heads.mlp import MLPHead, ResidualMLP
 
 T, D = 4, 3  # actions in a chunk, numbers in an action
 
@@ -39,3 +39,14 @@ def test_its_loss_is_the_mean_absolute_error_of_valid_actions(case):
     valid = [(expected[b, t] - actions[b, t]).abs() for b in range(2) for t in range(T) if not is_pad[b, t]]
     loss = head.loss(features, actions, is_pad)["action_loss"]
     torch.testing.assert_close(loss, torch.cat(valid).mean(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_residual_network_adds_what_each_block_says(blocks):
+    torch.manual_seed(0)
+    network, x = ResidualMLP(4, 6, 2, blocks), torch.randn(5, 4)
+    inner = network.into(x)
+    for block in network.blocks:
+        inner = inner + block(inner)
+    assert len(network.blocks) == blocks and torch.equal(network(x), network.out(inner))
+    assert not torch.allclose(network(x), network.out(network.into(x)))
