@@ -301,6 +301,17 @@ def test_a_cpu_computes_with_as_many_threads_as_the_settings_say(run, monkeypatc
     assert asked == [3]
 
 
+def test_a_policy_is_loaded_for_inference(run, monkeypatch):
+    asked, load = [], policy_module.Framework.from_pretrained
+    monkeypatch.setattr(
+        policy_module.Framework,
+        "from_pretrained",
+        lambda folder, **more: asked.append(more) or load(folder, **more),
+    )
+    Policy.from_pretrained(run)
+    assert asked == [{"inference": True}]
+
+
 @pytest.fixture
 def two_datasets(tmp_path):
     """A checkpoint folder whose run has statistics of two datasets, and a specification that goes with them."""
