@@ -1,4 +1,4 @@
-# make setup | quickstart | check | test | lowest | mutants | docs | lab | smoke | figures | speed | format | clean
+# make setup | quickstart | check | test | fuzz | lowest | mutants | docs | lab | smoke | figures | speed | format | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -27,7 +27,7 @@ SAMPLE ?= 0
 SEED ?= 0
 AGAIN ?=
 
-.PHONY: setup system quickstart check test lowest mutants docs smoke figures speed format lab clean
+.PHONY: setup system quickstart check test fuzz lowest mutants docs smoke figures speed format lab clean
 setup: $(BIN)/.ready system
 
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -60,6 +60,10 @@ check: setup
 test: setup
 	ruff check .
 	pytest -n $(WORKERS) --dist worksteal --durations=10
+
+# The property tests whole, of which `make test` runs a sample: every damaged run, dataset and conversation, every drawn case.
+fuzz: setup
+	VLA_BENCH_ALL_DAMAGES=1 VLA_BENCH_CASES=500 pytest -n $(WORKERS) --dist worksteal $$(grep -rlE 'VLA_BENCH_(ALL_DAMAGES|CASES)' tests --include='test_*.py')
 
 # Small faults put into copies of a package: does a test catch each? PACKAGE=models/heads [MODULE=bins] [SAMPLE=60]
 mutants: setup
@@ -96,6 +100,7 @@ figures: setup
 # Every hot path beside its best peer.
 speed: setup $(DATA)/meta/info.json
 	python experiments/speed/video_access.py $(DATA)
+	python experiments/speed/open_dataset.py
 	python experiments/speed/train_step.py
 	python experiments/speed/flow_sampling.py
 

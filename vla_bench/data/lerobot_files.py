@@ -8,7 +8,7 @@ Docs: https://vla-bench.github.io/vla_bench/data/lerobot_files.html.md"""
 __all__ = ['READERS', 'Episode', 'DatasetFiles', 'check_once', 'count_frames', 'read_files']
 
 # %% ../../nbs/data/50_lerobot_files.ipynb #49756e6c
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -89,11 +89,23 @@ def _video_features(folder: Folder, info: Info, fields: Mapping[str, type]) -> l
     return names
 
 
+def _paths_in(folder: Folder) -> Callable[[str], Path]:
+    """Makes the path of a filled-in template, once for each file."""
+    where, known = f"{folder.root / 'meta/info.json'}: a template", {}
+
+    def path(text: str) -> Path:
+        if text not in known:
+            known[text] = path_in(folder.root, text, where)
+        return known[text]
+
+    return path
+
+
 def _read_v2(folder: Folder, info: Info) -> tuple[list[Episode], dict[int, str]]:
     root, keys, episodes = folder.root, _video_features(folder, info, _V2), []
+    path = _paths_in(folder)
     for row in read_lines(folder, root / "meta/episodes.jsonl", EpisodeLine):
         place = {"episode_index": row.episode_index, "episode_chunk": row.episode_index // info.chunks_size}
-        path = lambda text: path_in(root, text, f"{root / 'meta/info.json'}: a template")
         videos = {k: (path((info.video_path or "").format(video_key=k, **place)), 0.0) for k in keys}
         episodes.append(Episode(row.episode_index, row.length, path(info.data_path.format(**place)), videos))
     tasks = read_lines(folder, root / "meta/tasks.jsonl", TaskLine)
@@ -114,7 +126,7 @@ def _columns_v3(keys: list[str]) -> dict[str, str]:
 def _episodes_v3(folder: Folder, info: Info, keys: list[str], path: Path) -> list[Episode]:
     columns = read_metadata_columns(folder, path, _columns_v3(keys))
     place = lambda prefix, i: {n: columns[f"{prefix}/{n}"][i] for n in _V3}
-    inside = lambda text: path_in(folder.root, text, f"{folder.root / 'meta/info.json'}: a template")
+    inside = _paths_in(folder)
     episodes = []
     for i, (index, length) in enumerate(zip(columns["episode_index"], columns["length"])):
         videos, ends = {}, {}
