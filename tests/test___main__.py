@@ -76,6 +76,16 @@ MISTAKES = {
         "wrong": (["--horizon", "x", "nowhere"], "--horizon"),
         "no file": (["nowhere"], "nowhere"),
     },
+    "doctor": {
+        "missing": ([], "path"),
+        "wrong": (["nowhere", "--action_mode", "relativ"], "relativ"),
+        "no file": (["nowhere"], "nowhere"),
+    },
+    "conversations": {
+        "missing": ([], "--config_yaml"),
+        "wrong": (["--config_yaml", str(RUN), "--sample", "x"], "--sample"),
+        "no file": (["--config_yaml", "nowhere.yaml"], "nowhere.yaml"),
+    },
     "convert": {
         "missing": ([], ""),
         "wrong": (["--format", "openpi_pi9", "here", "--config", PI0, "--out", "new"], "openpi_pi9"),

@@ -19,6 +19,14 @@ from vla_bench.training.imitation import train
 from vla_bench.training.run import set_up
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """A shell starts what it puts into the background deaf to Ctrl-C, and every child inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def send(*signals: int, step: int, monkeypatch) -> None:
     """The process gets signals while it computes a step."""
     clean = imitation.update

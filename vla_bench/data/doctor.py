@@ -484,6 +484,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     keys = {"action_key": options.action_key, "state_key": options.state_key, "videos": options.videos}
     with cli_errors():
+        if not Path(options.path).is_dir():
+            raise FileNotFoundError(f"{options.path}: no such folder")
         findings = examine(options.path, action_mode=options.action_mode, **keys)
         for finding in findings:
             print(finding)

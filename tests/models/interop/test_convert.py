@@ -204,10 +204,9 @@ def test_the_prompt_of_a_pi05_is_taken_on_trust(openpi, tmp_path):
     assert any("discrete_state_input" in said for said in report.assumed) == (format_name == "openpi_pi05")
 
 
+@pytest.mark.parametrize("openpi", ["openpi_pi05"], indirect=True)
 def test_a_pi05_without_a_state_is_converted_without_one(openpi, published, tmp_path):
     format_name, source, config = openpi
-    if format_name == "openpi_pi0":
-        pytest.skip("its state is no part of the prompt")
     (source / "config.json").write_text(json.dumps({"discrete_state_input": False}))
     try:
         with pytest.raises(
