@@ -15,6 +15,7 @@ from vla_bench.config import load_config
 from vla_bench.serving.policy import Policy
 from vla_bench.training.checkpoint import (
     find_checkpoint,
+    identity_differences,
     latest_checkpoint,
     list_checkpoints,
     rng_state,
@@ -107,3 +108,11 @@ def test_the_newest_checkpoint_is_the_one_with_the_most_steps(three):
 def test_only_checkpoints_beyond_the_step_are_set_aside(three):
     assert set_aside(three, 10) == ["step_1000000.damaged"]
     assert [path.name for path in list_checkpoints(three)] == ["step_000002", "step_000010"]
+
+
+@pytest.mark.parametrize("part, name", [("metadata", "meta/tasks.parquet"), ("columns", "data/a.parquet")])
+def test_a_file_that_a_dataset_lacks_is_named(part, name):
+    parts = {"metadata": {}, "columns": {}, "videos": {}}
+    saved = {**parts, part: {name: "5f", "kept": "00"}}
+    assert identity_differences(saved, {**parts, part: {"kept": "00"}}) == [f"{name} is missing"]
+    assert identity_differences({**parts, part: {"kept": "00"}}, saved) == [f"{name} is new"]

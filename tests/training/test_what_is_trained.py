@@ -3,6 +3,7 @@
 import io
 import math
 from contextlib import redirect_stderr
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from vla_bench.config import ConfigError, load_config
 from vla_bench.models.backbones.tiny_composed import write_tiny_composed
 from vla_bench.models.heads.mlp import MLPHead
 from vla_bench.registry import HEADS
-from vla_bench.training.imitation import train
+from vla_bench.training.imitation import other_losses, train
 from vla_bench.training.loop import read_metrics
 from vla_bench.training.optim import parts_text
 from vla_bench.training.run import set_up
@@ -146,3 +147,9 @@ def test_a_loss_of_the_model_in_half_precision_is_logged_in_full(config, losses)
     run = train(config("--trainer.mixed_precision bf16 --trainer.max_train_steps 1 --trainer.warmup_steps 0"))
     ((_, loss, _),) = losses(run)
     assert torch.tensor(loss).bfloat16().item() != loss
+
+
+def test_a_loss_is_logged_wherever_its_name_stands_in_the_alphabet():
+    losses = {"a_first": 2.0, "action_loss": 1.0, "loss": 4.0, "text_loss": 3.0}
+    found = other_losses(SimpleNamespace(losses=losses))
+    assert found == {"a_first": 2.0, "loss/loss": 4.0, "text_loss": 3.0}
