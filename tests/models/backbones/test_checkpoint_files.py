@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from vla_bench.models.backbones.loading import load_vlm
 from vla_bench.models.backbones.tiny import write_tiny
 from vla_bench.models.backbones.tiny_composed import write_tiny_component, write_tiny_composed
+from vla_bench.models.backbones.vlm import VLM
 from vla_bench.models.frameworks.build import build_framework
 from vla_bench.models.frameworks.framework import Framework
 
@@ -32,14 +33,15 @@ def whole(tmp_path_factory) -> Path:
     return home
 
 
-def load(whole: Path, kind: str, base: Path, load_weights: bool = True) -> None:
+def load(whole: Path, kind: str, base: Path, load_weights: bool = True) -> VLM:
     """Loads a folder as what it is: a whole backbone, or one component among whole ones."""
     if kind not in ("siglip", "llama"):
-        load_vlm(base, load_weights=load_weights)
-        return
+        return load_vlm(base, load_weights=load_weights)
     path = {"siglip": str(whole / "siglip"), "llama": str(whole / "llama"), kind: str(base)}
     vision, llm = ({"type": name, "path": path[name.lower()]} for name in ("SigLIP", "Llama"))
-    load_vlm(vision_backbone=vision, projector={"type": "MLP"}, llm_backbone=llm, load_weights=load_weights)
+    return load_vlm(
+        vision_backbone=vision, projector={"type": "MLP"}, llm_backbone=llm, load_weights=load_weights
+    )
 
 
 # --- every small file, damaged in every way --------------------------------------------------------------------------
@@ -370,7 +372,11 @@ def test_weights_of_tensors_alone_are_read_from_a_pickle(whole, tmp_path):
     base = shutil.copytree(whole / "llama", tmp_path / "base")
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
-    load(whole, "llama", base)
+    found, expected = (
+        dict(load(whole, "llama", each).named_parameters()) for each in (base, whole / "llama")
+    )
+    of_llama = [name for name in expected if "language_model" in name]
+    assert of_llama and all(torch.equal(found[name], expected[name]) for name in of_llama)
 
 
 CODE = {
