@@ -137,3 +137,13 @@ def test_the_log_keeps_the_rows_up_to_the_step_that_the_run_goes_on_from(tmp_pat
     MetricsLog(path, 3).write(4, loss=7.0, other=8.0)
     expected = [{"step": step, "loss": step / 2} for step in (1, 2, 3)]
     assert read_metrics(path) == [*expected, {"step": 4, "loss": 7.0, "other": 8.0}]
+
+
+def test_a_new_log_begins_at_step_0(tmp_path):
+    """Of a run that is begun anew only what was measured before its first step stays."""
+    path = tmp_path / "metrics.jsonl"
+    for step in (0, 1, 2):
+        MetricsLog(path, 9).write(step, loss=1.0)
+    assert [row["step"] for row in read_metrics(path)] == [0, 1, 2]
+    MetricsLog(path)
+    assert [row["step"] for row in read_metrics(path)] == [0]
