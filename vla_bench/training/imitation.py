@@ -6,8 +6,8 @@ Docs: https://vla-bench.github.io/vla_bench/training/imitation.html.md"""
 
 # %% auto #0
 __all__ = ['OWN', 'step_shares', 'micro_batches', 'update', 'check_finite_losses', 'not_finite', 'held_out_errors', 'evaluate',
-           'learning_rates', 'other_losses', 'speed', 'due', 'show_parts', 'progress_bar', 'leave', 'fit', 'train',
-           'main']
+           'learning_rates', 'other_losses', 'dropped', 'dropped_row', 'speed', 'due', 'show_parts', 'progress_bar',
+           'leave', 'fit', 'train', 'main']
 
 # %% ../../nbs/training/30_imitation.ipynb #ce21e451
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -174,6 +174,21 @@ def other_losses(run: Run) -> dict[str, float]:
     return {title: run.losses[name] for name, title in names.items()}
 
 
+def dropped(run: Run, batches: Sequence[dict[str, dict]]) -> list[int]:
+    """How many samples each source left out of a step as too long, in this process."""
+    return [sum(len(micro[name].get("dropped", ())) for micro in batches) for name in run.sources]
+
+
+def dropped_row(
+    run: Run,
+    counts: Sequence[list[int]],  # from `dropped`, per step
+) -> dict[str, float]:
+    """The same over several steps and all processes; of the sources that left some out."""
+    total = torch.tensor(counts, device=run.accelerator.device).sum(0)
+    found = dict(zip(run.sources, run.accelerator.reduce(total, "sum").tolist()))
+    return {f"dropped/{name}": count for name, count in found.items() if count}
+
+
 def speed(
     run: Run,
     times: Sequence[tuple[float, float]],  # seconds of waiting and of computing, per step
@@ -231,6 +246,7 @@ def fit(
     stream = micro_batches(run)
     run.model.train()
     times: list[tuple[float, float]] = []
+    left_out: list[list[int]] = []
     stopping = False
     with stop_requests() as request, progress_bar(run) as bar:
         while run.step < settings.max_train_steps and not stopping:
@@ -240,16 +256,17 @@ def fit(
             rates = learning_rates(run)
             loss, grad_norm = update(run, batches)
             times.append((loaded - started, time.perf_counter() - loaded))
+            left_out.append(dropped(run, batches))
             bar.update()
             if due(run, settings.log_interval):
-                others = other_losses(run)
+                others = other_losses(run) | dropped_row(run, left_out)
                 shown = {name: f"{value:.4f}" for name, value in {"loss": loss, **others}.items()}
                 bar.set_postfix(shown, refresh=False)
                 if log:
                     log.write(
                         run.step, loss=loss, **others, grad_norm=grad_norm, **rates, **speed(run, times)
                     )
-                times = []
+                times, left_out = [], []
             if due(run, settings.eval_interval) and (row := measure(run)) and log:
                 log.write(run.step, **row)
             stopping = agreed(request, run.accelerator)

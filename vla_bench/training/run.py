@@ -6,9 +6,9 @@ Docs: https://vla-bench.github.io/vla_bench/training/run.html.md"""
 
 # %% auto #0
 __all__ = ['COUNTS', 'FREE_KEYS', 'PLACES', 'TrainerSettings', 'RunSettings', 'check_processes', 'make_accelerator',
-           'differences', 'find_resume', 'check_dtype', 'inside', 'check_ranges', 'load_framework', 'identity', 'Run',
-           'progress', 'check_data', 'restore', 'save_policies', 'start_folder', 'make_optimizer', 'set_up', 'save',
-           'finish']
+           'differences', 'find_resume', 'check_dtype', 'inside', 'check_ranges', 'in_own_memory', 'load_framework',
+           'identity', 'Run', 'progress', 'check_data', 'restore', 'save_policies', 'start_folder', 'make_optimizer',
+           'set_up', 'save', 'finish']
 
 # %% ../../nbs/training/25_run.ipynb #grun0002
 import os
@@ -330,6 +330,13 @@ def check_ranges(framework: Framework, data: Data) -> None:
                     f"[{low:g}, {high:g}] and cuts what lies beyond: {way}"
                 )
 
+# %% ../../nbs/training/25_run.ipynb #3915f212
+def in_own_memory(framework: Framework) -> Framework:
+    """The framework, each of whose weights now begins where torch begins all of its tensors."""
+    for parameter in framework.parameters():
+        parameter.data = parameter.data.clone()
+    return framework
+
 # %% ../../nbs/training/25_run.ipynb #54d03d30
 def load_framework(
     section: dict,  # `framework` of the configuration
@@ -350,7 +357,7 @@ def load_framework(
             "set framework.action_horizon to the number that is meant"
         )
     check_ranges(framework, data)
-    return framework.float()
+    return in_own_memory(framework.float())
 
 # %% ../../nbs/training/25_run.ipynb #d1aa92db
 def identity(data: Data, verify: bool) -> dict[str, dict[str, Any]]:

@@ -107,12 +107,12 @@ ReadOthers = Callable[[Config], Callable[[Framework], Sequence[Source]]]
 
 def robots_alone(cfg: Config) -> Callable[[Framework], Sequence[Source]]:
     """No other source. Raises `ConfigError` for a section of `datasets` that only another program reads."""
-    if "vlm_data" in cfg.section("datasets"):
+    if cfg.get("datasets.vlm_data") is not None:
         raise ConfigError(
             "datasets.vlm_data: imitation learns from robots alone; python -m vla_bench.training.cotrain learns from "
             "both. Run that, or take the section out"
         )
-    cfg.section("datasets").require_names(["vla_data"])
+    cfg.section("datasets").require_names(["vla_data", "vlm_data"])
     return lambda framework: ()
 
 # %% ../../nbs/training/24_sources.ipynb #94572701
