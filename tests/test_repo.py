@@ -58,6 +58,7 @@ CROSS_CUTTING = {
     "evaluation/test_watchdog.py": "rollout, workers and report: a simulator that hangs",
     "models/backbones/test_qwen_and_paligemma.py": "what both families keep to",
     "models/heads/test_arguments.py": "every head: the defaults of its arguments, and each changed alone",
+    "models/heads/test_computation.py": "every head: where it computes, in which precision, and no more than is asked for",
     "models/frameworks/test_contract.py": "what a framework expects of somebody's head",
     "models/frameworks/test_two_features.py": "two features of frameworks and heads together",
     "models/frameworks/test_values.py": "frameworks: values, not shapes",
