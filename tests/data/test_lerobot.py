@@ -155,3 +155,14 @@ def test_the_program_says_what_is_wrong_and_exits_1(roots, tmp_path, capsys):
         check_program([str(tmp_path / "numbered")])
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 1 and any("time stamps do not run at 25 Hz" in line for line in lines)
+
+
+def test_the_program_checks_some_episodes_alone(roots, tmp_path, capsys):
+    shutil.copytree(roots["v2.1"], tmp_path / "numbered")
+    for path in (tmp_path / "numbered").rglob("*episode_000004.*"):
+        path.unlink()
+    check_program([str(tmp_path / "numbered"), "--episodes", "0", "3"])
+    assert "2 episodes, 15 frames" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        check_program([str(tmp_path / "numbered")])
+    assert "it holds episode 4" in capsys.readouterr().out
