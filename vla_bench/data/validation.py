@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from .columns import read_columns
 from .images import camera_keys, check_video, feature_shape, not_rgb, read_image
+from .language import language_problems
 from .lerobot_files import DatasetFiles, Episode, read_files
 from .paths import DatasetError
 from .schema import open_table
@@ -213,6 +214,7 @@ def _problems(
     for path, members in _group(files, "").items():
         if any(e.index in stamps for e in members):
             yield from check_file(files, path, members, firsts[members[0].index])
+            yield from language_problems(files, path, [e for e in members if e.index in stamps])
     unsound: set[Path] = set()  # videos of which something was said already
     for key in [key for key in keys if files.features[key].dtype == "video"]:
         for path, members in _group(files, key).items():
