@@ -81,6 +81,11 @@ MISTAKES = {
         "wrong": (["nowhere", "--action_mode", "relativ"], "relativ"),
         "no file": (["nowhere"], "nowhere"),
     },
+    "dataset": {
+        "missing": (["delete", "nowhere", "new"], "--episodes"),
+        "wrong": (["delet", "nowhere", "new"], "invalid choice: 'delet'"),
+        "no file": (["convert", "nowhere", "new", "--version", "3.0"], "nowhere"),
+    },
     "conversations": {
         "missing": ([], "--config_yaml"),
         "wrong": (["--config_yaml", str(RUN), "--sample", "x"], "--sample"),
