@@ -24,6 +24,7 @@ COMMANDS = {
     "validate": ("vla_bench.data.lerobot", "check a LeRobot dataset and print one sample"),
     "doctor": ("vla_bench.data.doctor", "what looks wrong with a dataset, worst first"),
     "dataset": ("vla_bench.data.surgery", "delete, split, merge, trim, rewrite, rename and convert datasets"),
+    "from_hdf5": ("vla_bench.data.hdf5", "turn demonstrations of LIBERO and robomimic into a dataset"),
     "conversations": ("vla_bench.data.conversations", "check image-text data and print one sample"),
     "convert": (
         "vla_bench.models.interop.convert",
