@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from fractions import Fraction
 from pathlib import Path
 from statistics import median
@@ -81,6 +82,7 @@ def open_ours(root: str):  # the dataset, how a batch is made, and what to call 
     from vla_bench.data.lerobot import LeRobotDataset
 
     def stack(samples):
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         images = [dict(zip(CAMERAS, map(np.asarray, sample.pop("image")))) for sample in samples]
         return default_collate([{**sample, **each} for sample, each in zip(samples, images)])
 
@@ -195,8 +197,8 @@ def compare(root: Path, python: str, samples: int, repeats: int, long: int) -> N
     sides["lerobot"].close()
     if long:
         steps = [sides["ours"].load(long // 10) for _ in range(10)]
-        held = ", ".join(f"{step['pss']:.1f}" for step in steps)
-        print(f"  over {long} samples more, PSS in MiB: {held}", flush=True)
+        held = ", ".join(f"{step['rss']:.1f}" for step in steps)
+        print(f"  over {long} samples more, RSS in MiB: {held}", flush=True)
     sides["ours"].close()
 
 
