@@ -45,6 +45,7 @@ CROSS_CUTTING = {
     "test_repo.py": "the repository",
     "test_tutorials.py": "components of one's own, by hand and by the scaffold",
     "data/test_damaged_datasets.py": "every reader of a dataset",
+    "data/test_viewed_samples.py": "viewed and view: each sample, against numbers made by hand",
     "data/test_defaults.py": "every function of the data: what is left out, and what is not to be changed",
     "evaluation/test_failures.py": "rollout, workers and report: a simulator that raises or dies",
     "benchmarks/test_metaworld_episodes.py": "metaworld and rollout: what an episode of a simulator is made of",
