@@ -52,7 +52,7 @@ def seen(observation: dict) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("steps, stride", [(1, 1), (2, 1), (3, 2), (2, 3)])
 def test_a_history_gives_what_a_recording_would(steps, stride):
     history = History(steps, stride)
-    for episode in range(2):  # the second one begins anew
+    for _ in range(2):  # the second one begins anew
         for now in range(7):
             found = history.add(moment(now))
             moments = [now - stride * back for back in range(steps - 1, -1, -1)]

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vla_bench.config import load_config
 from vla_bench.data.lerobot_files import read_files
 from vla_bench.serving.policy import Policy
 from vla_bench.training.checkpoint import (
+    check_checkpoint,
     check_finite,
     columns_hash,
     data_identity,
@@ -26,14 +29,20 @@ from vla_bench.training.checkpoint import (
     last_good_checkpoint,
     latest_checkpoint,
     list_checkpoints,
+    load_progress,
+    load_trainer,
+    read_spec,
     remove_leftovers,
     rng_state,
+    save_checkpoint,
+    save_trainer,
     set_aside,
     set_rng_state,
     tensor_bytes,
     touched_videos,
 )
 from vla_bench.training.imitation import train
+from vla_bench.training.run import save, set_up
 
 KILLED = """
 import os, sys
@@ -353,3 +362,146 @@ def test_every_byte_of_a_video_counts_when_it_is_to_be_verified(home):
     for verify in (False, True):
         videos = data_identity(files, verify=verify)["videos"]
         assert {"sha256" in video for video in videos.values()} == {verify}
+
+
+OTHER_KINDS = {
+    "action": 3, "state": 3, "cameras": "front", "image_size": "big", "horizon": "4", "control_rate": "fast",
+    "normalization": "q99", "dataset": 3, "statistics_hash": None, "benchmark": 3, "hash": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(home, tmp_path_factory):
+    """A run with a checkpoint at its first step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        folder = tmp_path_factory.mktemp("saved")
+        run = set_up(load_config(home / "toy.yaml", f"--run_root_dir {folder}"))
+        run.step = 1
+        save(run)
+        yield run
+
+
+@pytest.mark.parametrize("field", OTHER_KINDS)
+def test_a_field_of_another_kind_in_policy_json_is_named(saved, tmp_path, field):
+    content = json.loads((latest_checkpoint(saved.folder) / "policy.json").read_text())
+    assert field in content
+    (tmp_path / "policy.json").write_text(json.dumps({**content, field: OTHER_KINDS[field]}))
+    with pytest.raises(ValueError, match=f"policy.json.*'{field}'") as error:
+        read_spec(tmp_path)
+    assert "the file was edited" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_specification_comes_back_from_its_file(saved):
+    assert read_spec(latest_checkpoint(saved.folder)) == saved.spec
+
+
+NEEDED = ["model.safetensors", "framework.json", "policy.json"]
+RESUMED = ["trainer/optimizer.pt", "trainer/rng.json", "trainer/progress.json"]
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize("name", [*NEEDED, *RESUMED])
+def test_a_file_that_a_checkpoint_lacks_is_named(saved, tmp_path, name, manifest):
+    copy = shutil.copytree(latest_checkpoint(saved.folder), tmp_path / "step_000001")
+    if not manifest:
+        (copy / "manifest.json").unlink()
+    check_checkpoint(copy)
+    check_checkpoint(copy, resume=True)
+    (copy / name).unlink()
+    with pytest.raises((FileNotFoundError, ValueError), match=Path(name).name):
+        check_checkpoint(copy, resume=True)
+    if name in RESUMED:
+        check_checkpoint(copy)
+        return
+    with pytest.raises((FileNotFoundError, ValueError), match=name):
+        check_checkpoint(copy)
+
+
+def test_a_checkpoint_without_its_trainer_can_be_served_and_not_resumed(saved, tmp_path):
+    copy = shutil.copytree(latest_checkpoint(saved.folder), tmp_path / "step_000001")
+    shutil.rmtree(copy / "trainer")
+    (copy / "manifest.json").unlink()
+    check_checkpoint(copy)
+    with pytest.raises(
+        FileNotFoundError, match="no trainer/ to continue from; it can be served, not resumed"
+    ):
+        check_checkpoint(copy, resume=True)
+
+
+def test_every_byte_is_compared_when_a_run_is_resumed_or_when_it_is_asked_for(saved, tmp_path):
+    copy = shutil.copytree(latest_checkpoint(saved.folder), tmp_path / "step_000001")
+    file = copy / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1  # of a number: the size is the same
+    file.write_bytes(content)
+    for options in ({"resume": True}, {"verify": True}):
+        with pytest.raises(ValueError, match="model.safetensors"):
+            check_checkpoint(copy, **options)
+
+
+@pytest.mark.parametrize("name", ["framework.json", "trainer/progress.json", "trainer/rng.json"])
+def test_a_file_that_is_no_json_is_named(saved, tmp_path, name):
+    copy = shutil.copytree(latest_checkpoint(saved.folder), tmp_path / "step_000001")
+    (copy / "manifest.json").unlink()
+    (copy / name).write_text("{")
+    with pytest.raises(ValueError, match=Path(name).name):
+        check_checkpoint(copy, resume=True)
+
+
+def test_the_last_good_checkpoint_is_the_newest_whole_one(saved, tmp_path, capsys):
+    first = latest_checkpoint(saved.folder)
+    for step in (2, 3, 4):
+        shutil.copytree(first, tmp_path / f"run/checkpoints/step_{step:06d}")
+    assert last_good_checkpoint(tmp_path / "run").name == "step_000004" and capsys.readouterr().out == ""
+    (tmp_path / "run/checkpoints/step_000004/policy.json").unlink()
+    (tmp_path / "run/checkpoints/step_000002/policy.json").unlink()
+    assert last_good_checkpoint(tmp_path / "run").name == "step_000003"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("not continued from step_000004: ") and "policy.json" in line
+
+
+def test_weights_that_were_gathered_are_those_that_are_saved(saved, tmp_path):
+    weights = {name: tensor + 1 for name, tensor in saved.framework.state_dict().items()}
+    parts = {
+        "framework": saved.framework,
+        "spec": saved.spec,
+        "optimizer": saved.optimizer,
+        "scheduler": saved.scheduler,
+    }
+    folder = save_checkpoint(
+        tmp_path, 12, **parts, rng=[rng_state()], progress={"step": 12, "more": [1]}, weights=weights
+    )
+    assert folder == tmp_path / "checkpoints/step_000012"
+    found = load_file(folder / "model.safetensors")
+    assert all(torch.equal(found[name], weights[name]) for name in found) and found.keys() <= weights.keys()
+    assert json.loads((folder / "trainer/progress.json").read_text()) == {"step": 12, "more": [1]}
+    check_checkpoint(folder, resume=True)
+
+
+def test_optimizer_and_schedule_come_back(saved, tmp_path):
+    model = torch.nn.Linear(3, 2)
+    make = lambda: torch.optim.AdamW(model.parameters(), lr=0.5)
+    optimizer = make()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    for _ in range(3):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        schedule.step()
+    save_trainer(
+        tmp_path,
+        optimizer=optimizer,
+        scheduler=schedule,
+        rng=[rng_state(), rng_state()],
+        progress={"step": 3},
+    )
+    expected = draws()
+    other = make()
+    again = torch.optim.lr_scheduler.LambdaLR(other, lambda step: 1 / (step + 1))
+    load_trainer(tmp_path, optimizer=other, scheduler=again, rank=1)
+    assert draws() == expected and again.last_epoch == 3
+    ours, theirs = optimizer.state_dict(), other.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"] and theirs["param_groups"][0]["lr"] == 0.125
+    for key, state in ours["state"].items():
+        assert all(torch.equal(value, theirs["state"][key][name]) for name, value in state.items())
+    assert load_progress(tmp_path) == {"step": 3}
