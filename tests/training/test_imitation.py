@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -420,3 +421,87 @@ def test_a_run_that_holds_nothing_out_measures_nothing(config, measured):
     rows, found, _ = measured("--datasets.vla_data.held_out 0.0001", "OFT")
     assert rows and found
     assert imitation.evaluate(set_up(config("--run_id nothing --datasets.vla_data.held_out 0"))) == {}
+
+
+@pytest.mark.parametrize(
+    "step, interval, expected",
+    [
+        (3, 3, True),
+        (6, 3, True),
+        (4, 3, False),
+        (1, 1, True),
+        (10, 3, True),
+        (10, 7, True),
+        (9, 7, False),
+        (2, 100, False),
+    ],
+)
+def test_what_happens_every_so_many_steps_is_due_then_and_at_the_end(step, interval, expected):
+    run = SimpleNamespace(step=step, settings=SimpleNamespace(max_train_steps=10))
+    assert imitation.due(run, interval) is expected
+
+
+def test_the_bar_counts_the_steps_of_the_run_on_the_main_process():
+    for main in (True, False):
+        run = SimpleNamespace(
+            step=4, settings=SimpleNamespace(max_train_steps=10), folder=Path("runs/mine"),
+            accelerator=SimpleNamespace(is_main_process=main),
+        )  # fmt: skip
+        with imitation.progress_bar(run) as bar:
+            assert bar.disable is not main
+            if main:
+                assert (bar.total, bar.initial, bar.n, bar.desc.strip(": ")) == (10, 4, 4, "mine")
+
+
+def test_shares_are_those_of_the_actions_that_are_there():
+    accelerator = SimpleNamespace(device="cpu", reduce=lambda total, how: 2 * total if how == "sum" else None)
+    pads = [[[True, False], [False, False]], [[True, True], [True, False]]]
+    batches = [{"action_is_pad": torch.tensor(pad)} for pad in pads]
+    assert imitation.valid_shares(accelerator, batches) == pytest.approx([3 / 8, 1 / 8])
+
+
+def test_rates_are_told_once_per_module():
+    groups = [{"name": n, "lr": lr} for n, lr in (("base", 1), ("base/no_decay", 1), ("vlm/no_decay", 0.5))]
+    found = imitation.learning_rates(SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups)))
+    assert found == {"learning_rate/base": 1.0, "learning_rate/vlm": 0.5}
+    assert all(type(rate) is float for rate in found.values())
+
+
+def test_the_speed_counts_the_samples_of_all_processes():
+    settings = SimpleNamespace(per_device_batch_size=3, gradient_accumulation_steps=2)
+    run = SimpleNamespace(settings=settings, accelerator=SimpleNamespace(num_processes=4))
+    found = imitation.speed(run, [(1.0, 2.0), (3.0, 6.0)])
+    assert found == {"data_s": 2.0, "step_s": 4.0, "samples_per_s": 4.0}
+
+
+def test_names_of_our_own_in_a_row_of_the_log_are_kept_apart():
+    assert imitation.OWN == ("step", "loss", "grad_norm", "data_s", "step_s", "samples_per_s")
+    losses = {name: float(i) for i, name in enumerate(("action_loss", *imitation.OWN, "more"))}
+    found = imitation.other_losses(SimpleNamespace(losses=losses))
+    assert found == {
+        f"loss/{n}" if n in imitation.OWN else n: v for n, v in losses.items() if n != "action_loss"
+    }
+
+
+def test_the_rows_of_two_processes_are_disjoint_and_as_many(measured, config, monkeypatch):
+    """Each of two processes measures every other one of the rows, an even number of them."""
+    run = set_up(config("--trainer.eval_samples 7"))
+    (member,), (held_out,) = run.data.members, run.data.held_out().values()
+    drawn: list[list] = []
+    monkeypatch.setattr(
+        imitation, "make_loader", lambda data, chunks, prepare, workers: drawn.append(chunks) or []
+    )
+    monkeypatch.setattr(imitation, "action_error_sums", lambda *_: np.ones((3, 3)))
+    monkeypatch.setattr(imitation, "error_row", lambda sums, names: {"names": names})
+    for index in (0, 1):
+        accelerator = SimpleNamespace(
+            num_processes=2, process_index=index, device="cpu", reduce=lambda total, how: total,
+            autocast=run.accelerator.autocast,
+        )  # fmt: skip
+        told = SimpleNamespace(
+            accelerator=accelerator, settings=run.settings, framework=run.framework, seed=0
+        )
+        assert imitation.held_out_errors(told, member, held_out) == {"names": ("dx", "dy", "gripper")}
+    rows = np.linspace(0, len(held_out) - 1, 7).round().astype(int).tolist()[:6]
+    assert [sum(chunks, []) for chunks in drawn] == [rows[::2], rows[1::2]]
+    assert {len(chunk) for chunks in drawn for chunk in chunks} == {3}  # of four at most
