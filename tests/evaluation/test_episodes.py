@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -36,6 +37,20 @@ def image_at(camera, seed, steps):
     """Every pixel is another one: by camera, scene, step, row, column and colour."""
     ramp = np.arange(4 * 6 * 3).reshape(4, 6, 3)
     return (100 * camera + 10 * (seed - FIRST_SEED) + steps + 1 + ramp).astype(np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def patience():
+    """An evaluation that does not end fails after half a minute; each here takes less than a second."""
+
+    def late(*_):
+        raise TimeoutError("this evaluation does not end")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 class TapeEpisode(Environment):
