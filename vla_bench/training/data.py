@@ -26,9 +26,9 @@ from ..data.mixture import Mixture, MixtureEntry, read_mixture
 from ..data.normalize import MODES, Normalizer, statistics_hash
 from ..data.order import MixtureOrder
 from ..data.robots import Robot, check_robot, read_robot, role_cameras
-from ..data.seen import SeenDataset, seen_statistics
 from ..data.transforms import ImageTransforms, transforms_from_list
 from ..data.view import ModelView
+from ..data.viewed import ViewedDataset, viewed_statistics
 from ..data.windows import history_offsets
 from ..registry import suggest
 from .loop import EvaluationView, split_episodes
@@ -198,8 +198,8 @@ class Member:
     entry: MixtureEntry
     dataset: LeRobotDataset  # all of it, in physical numbers
     robot: Robot | None
-    train: SeenDataset
-    held_out: SeenDataset | None
+    train: ViewedDataset
+    held_out: ViewedDataset | None
     statistics: dict[str, Any]  # of the training episodes, as the model sees them
     normalization: dict[str, Any]  # mode per field
 
@@ -222,7 +222,7 @@ def open_member(entry: MixtureEntry, settings: DataSettings, horizon: int, seed:
     whole = _open_files(entry, robot, horizon, settings.follow_links)
     encoding = _encoding(entry, robot, settings.rotation)
     train, held_out = split_episodes(whole.episodes, settings.held_out, seed)
-    statistics = seen_statistics([whole.select(train)], encoding)
+    statistics = viewed_statistics([whole.select(train)], encoding)
     normalization = {**settings.normalization, **entry.normalization}
     modes = {n: normalization.get(n, "identity") for n in FIELDS if statistics.get(n) is not None}
     view = ModelView(
@@ -232,7 +232,7 @@ def open_member(entry: MixtureEntry, settings: DataSettings, horizon: int, seed:
         history_offsets(settings.observation_steps, settings.observation_stride),
         entry.prompt,
     )
-    see = lambda episodes: SeenDataset(whole.select(episodes), view, settings.future_frames)
+    see = lambda episodes: ViewedDataset(whole.select(episodes), view, settings.future_frames)
     return Member(entry, whole, robot, see(train), see(held_out) if held_out else None, statistics, modes)
 
 # %% ../../nbs/training/22_data.ipynb #1c2cf67e
@@ -244,7 +244,7 @@ class Data:
     mixture: Mixture | None  # of the training episodes; None for a single dataset
 
     @property
-    def train(self) -> SeenDataset | Mixture:
+    def train(self) -> ViewedDataset | Mixture:
         """What is trained on."""
         return self.mixture or self.members[0].train
 
