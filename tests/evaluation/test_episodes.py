@@ -272,6 +272,13 @@ def test_a_frame_has_the_attention_that_was_in_force(recorded):
     assert recorded.words == ["do", "it"]
 
 
+def test_a_recording_that_hides_a_pickle_is_not_read(run, tmp_path):
+    recording, _ = run.kept[0]
+    np.savez(tmp_path / "odd.npz", **{**vars(recording), "words": np.array([{"a": 1}], object)})
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        Recording.load(tmp_path / "odd.npz")
+
+
 def test_without_attention_a_recording_has_none(tmp_path):
     recording, _ = Run(tmp_path, videos_per_task=1).kept[0]
     assert recording.attention.size == recording.word_attention.size == 0 and recording.words == []
