@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -166,6 +167,15 @@ def test_a_result_that_says_nothing_is_one_after_a_reset():
         [],
     )
     assert StepResult(None).frames is not result.frames and not EpisodeSpec("reach-red", 0, 1).record
+
+
+@pytest.mark.parametrize("frozen", [RED, Failure("it broke", "", False)], ids=["EpisodeSpec", "Failure"])
+def test_what_a_worker_is_told_and_answers_stays_as_it_was(frozen):
+    """Both may be put into a set, and nobody changes one."""
+    assert len({frozen, pickle.loads(pickle.dumps(frozen))}) == 1
+    name = next(iter(vars(frozen)))
+    with pytest.raises(AttributeError):
+        setattr(frozen, name, "other")
 
 
 class Watched(PointReach):
