@@ -81,6 +81,16 @@ MISTAKES = {
         "wrong": (["nowhere", "--action_mode", "relativ"], "relativ"),
         "no file": (["nowhere"], "nowhere"),
     },
+    "dataset": {
+        "missing": (["delete", "nowhere", "new"], "--episodes"),
+        "wrong": (["delet", "nowhere", "new"], "invalid choice: 'delet'"),
+        "no file": (["convert", "nowhere", "new", "--version", "3.0"], "nowhere"),
+    },
+    "from_hdf5": {
+        "missing": (["nowhere.hdf5", "new"], "--images"),
+        "wrong": (["nowhere.hdf5", "new", "--images", "flop"], "invalid choice: 'flop'"),
+        "no file": (["nowhere.hdf5", "new", "--images", "flip"], "nowhere.hdf5 is missing"),
+    },
     "conversations": {
         "missing": ([], "--config_yaml"),
         "wrong": (["--config_yaml", str(RUN), "--sample", "x"], "--sample"),

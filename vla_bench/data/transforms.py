@@ -172,15 +172,20 @@ def shift_image(
     right: int,
 ) -> Image.Image:
     """The image moved within its frame; what enters repeats the border."""
+    width, height = image.size
+    down, right = (max(1 - size, min(int(n), size - 1)) for n, size in ((down, height), (right, width)))
     if not down and not right:
         return image
-    pixels = np.asarray(image)
-    height, width = pixels.shape[:2]
-    down, right = (int(np.clip(n, 1 - size, size - 1)) for n, size in ((down, height), (right, width)))
-    up, left = max(-down, 0), max(-right, 0)
-    kept = pixels[up : height - max(down, 0), left : width - max(right, 0)]
-    border = ((max(down, 0), up), (max(right, 0), left), (0, 0))
-    return Image.fromarray(np.pad(kept, border, mode="edge"))
+    moved = image.crop((-right, -down, width - right, height - down))
+    if right:
+        column, place = (right, 0) if right > 0 else (width + right - 1, width + right)
+        edge = moved.crop((column, 0, column + 1, height))
+        moved.paste(edge.resize((abs(right), height), FILTERS["nearest"]), (place, 0))
+    if down:
+        row, place = (down, 0) if down > 0 else (height + down - 1, height + down)
+        edge = moved.crop((0, row, width, row + 1))
+        moved.paste(edge.resize((width, abs(down)), FILTERS["nearest"]), (0, place))
+    return moved
 
 
 @dataclass(frozen=True)

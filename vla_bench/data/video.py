@@ -153,6 +153,7 @@ class VideoReader:
             self._set_times(packet_times(self._container, self._stream) if known is None else known)
         except (av.FFmpegError, IndexError, OSError) as error:
             raise VideoError(f"{path}: cannot be opened as a video ({error})") from error
+        self._packets = self._container.demux(self._stream)
         self.height, self.width = self._stream.height, self._stream.width
         self.pix_fmt: str = self._stream.codec_context.pix_fmt or "unknown"
         self._reformatter = VideoReformatter()
@@ -170,6 +171,7 @@ class VideoReader:
 
     def close(self) -> None:
         """Closes the file."""
+        self._packets.close()
         self._container.close()
 
 # %% ../../nbs/data/30_video.ipynb #c50ea879
@@ -178,26 +180,31 @@ class _Reordered(Exception):
 
 
 @patch
+def _next_packet(self: VideoReader) -> av.Packet:
+    if (packet := next(self._packets, None)) is None:  # it has reached the end of the file before
+        self._packets = self._container.demux(self._stream)
+        packet = next(self._packets)
+    return packet
+
+
+@patch
 def _seek(self: VideoReader, place: int, target: int) -> int:  # decoding time of the key frame it begins with
     while True:
         self._container.seek(place, stream=self._stream, backward=True)
-        packets = self._container.demux(self._stream)
-        first = next(packets)
+        first = self._next_packet()
         while not (first.is_keyframe or first.pts is None):
-            first = next(packets)
+            first = self._next_packet()
         if first.pts is None or first.pts <= target or first.dts is None or first.dts > place:
             break  # the last: there is no key frame further back
         place = first.dts - 1
     floor = self._ticks[0] if first.pts is None else first.pts
-    self._frames = self._decoded(first, packets, floor)
+    self._frames = self._decoded(first, floor)
     return place if first.dts is None else first.dts
 
 
 @patch
-def _decoded(
-    self: VideoReader, first: av.Packet, packets: Iterator[av.Packet], floor: int
-) -> Iterator[av.VideoFrame]:
-    for packet in chain((first,), packets):
+def _decoded(self: VideoReader, first: av.Packet, floor: int) -> Iterator[av.VideoFrame]:
+    for packet in chain((first,), self._packets):
         if self._from_table and packet.pts != packet.dts:
             raise _Reordered
         for frame in packet.decode():

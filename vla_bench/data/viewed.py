@@ -134,8 +134,10 @@ def _window(self: ViewedDataset, index: int, offsets: Sequence[int]) -> tuple[np
 @patch
 def __getitem__(self: ViewedDataset, index: int) -> Sample:
     sample = self.dataset[index]
-    rows, is_pad = self._window(index, self.view.history)
-    moments = [sample if row == index else self.dataset[int(row)] for row in rows]
+    moments = [sample]
+    if self.view.history != (0,):
+        rows, is_pad = self._window(index, self.view.history)
+        moments = [sample if row == index else self.dataset[int(row)] for row in rows]
     states = np.stack([moment["state"] for moment in moments]) if "state" in sample else None
     if len(moments) > 1:
         sample |= join_history(moments, is_pad)

@@ -7,7 +7,7 @@ Docs: https://vla-bench.github.io/vla_bench/data/writer.html.md"""
 # %% auto #0
 __all__ = ['VERSIONS', 'INDEX_FEATURES', 'QUANTILES', 'PATHS', 'column_summary', 'histogram', 'image_summary', 'check_episode',
            'video_key', 'shard_file', 'Shard', 'camera_feature', 'features_json', 'info_json', 'modality_json',
-           'write_episodes_v2', 'episode_rows', 'write_episodes_v3', 'LeRobotWriter']
+           'write_episodes_v2', 'episode_rows', 'write_tasks_v3', 'write_episodes_v3', 'LeRobotWriter']
 
 # %% ../../nbs/data/40_writer.ipynb #1b2b217e
 import json
@@ -298,6 +298,14 @@ _PANDAS_TASKS = {
 }
 
 
+def write_tasks_v3(meta: Path, tasks: Mapping[str, int]) -> None:
+    """`tasks.parquet`."""
+    table = pa.table({"task_index": pa.array(tasks.values(), pa.int64()), "task": pa.array(tasks)})
+    pq.write_table(
+        table.replace_schema_metadata({b"pandas": json.dumps(_PANDAS_TASKS).encode()}), meta / "tasks.parquet"
+    )
+
+
 def write_episodes_v3(
     meta: Path, episodes: Sequence[Mapping], tasks: Mapping[str, int], per_file: int
 ) -> None:
@@ -305,10 +313,7 @@ def write_episodes_v3(
     (meta / "episodes/chunk-000").mkdir(parents=True)
     rows = pa.Table.from_pylist(episode_rows(episodes, per_file))
     pq.write_table(rows, meta / "episodes/chunk-000/file-000.parquet")
-    table = pa.table({"task_index": pa.array(tasks.values(), pa.int64()), "task": pa.array(tasks)})
-    pq.write_table(
-        table.replace_schema_metadata({b"pandas": json.dumps(_PANDAS_TASKS).encode()}), meta / "tasks.parquet"
-    )
+    write_tasks_v3(meta, tasks)
 
 # %% ../../nbs/data/40_writer.ipynb #86d48604
 def _check_target(root: Path, version: str, cameras: Mapping, codec: str) -> None:
