@@ -1,6 +1,7 @@
 """All numbers of the episodes, and a damaged one named where it is."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -297,3 +298,24 @@ def test_one_of_many_files_that_is_damaged_is_named(make, tmp_path, change, mess
     with pytest.raises(DatasetError) as error:
         read_table(read_files(root), "action", None)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["action", "observation.state"])
+@pytest.mark.parametrize("value", [1e39, -1e308])
+@pytest.mark.parametrize("write", ["v21", "v30"])
+def test_a_number_that_float32_cannot_hold_is_named(make, tmp_path, key, value, write):
+    extra = {name: make.counting(3) for name in ("action", "observation.state")}
+    extra[key] = lambda row: [0.0, value if row == 7 else 1.0, 2.0]
+    root = getattr(make, write)(tmp_path / "arm", extra=extra)
+    found = re.escape(f"episode 1 frame 1: {key}[1] is {value}")
+    with pytest.raises(DatasetError, match=found):
+        LeRobotDataset(root)
+    assert re.search(found, validate(root)[0])
+
+
+@pytest.mark.parametrize("episodes", [[], (), np.array([], int)])
+def test_no_episodes_at_all_is_an_error(make, tmp_path, episodes):
+    root = make.v21(tmp_path / "arm")
+    with pytest.raises(DatasetError, match="no episodes are asked for"):
+        LeRobotDataset(root, episodes=episodes)
+    assert "no episodes are asked for" in validate(root, episodes=episodes)[0]

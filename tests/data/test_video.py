@@ -450,3 +450,14 @@ def test_reading_at_random_does_not_take_more_and_more_memory(tmp_path, options)
     for index in order[1000:]:
         video.read(int(index))
     assert own_kib() - before < 400  # 200 bytes for each frame that is left behind would be 800
+
+
+def test_an_avi_whose_frames_are_reordered_is_refused(make, tmp_path):
+    """AVI keeps no times, so that frames would come in the order in which they are stored."""
+    frames, options = [make.level(i) for i in range(12)], {"bf": "3", "g": "12"}
+    make.encode(tmp_path / "reordered.avi", frames, 30, options=options)
+    with pytest.raises(VideoError, match="another order than they are shown, and an AVI file does not"):
+        VideoReader(tmp_path / "reordered.avi")
+    make.encode(tmp_path / "plain.avi", frames, 30, options={"bf": "0"})
+    video = VideoReader(tmp_path / "plain.avi")
+    assert [round(float(video.read(i).mean()) / 16) for i in (7, 0, 11, 3)] == [7, 0, 11, 3]

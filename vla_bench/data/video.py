@@ -145,6 +145,11 @@ class VideoReader:
             self._stream = self._container.streams.video[0]
             if self._stream.codec_context is None:
                 raise VideoError(f"{path}: cannot be opened as a video (its codec is not known)")
+            if self._container.format.name == "avi" and self._stream.codec_context.has_b_frames:
+                raise VideoError(
+                    f"{path}: its frames are stored in another order than they are shown, and an AVI file does not "
+                    "keep the times; convert it to MP4 again from the source"
+                )
             self._stream.thread_type = "SLICE"
             self._stream.codec_context.thread_count = (
                 1  # more threads only wait for each other on small frames
@@ -261,6 +266,9 @@ def _read(self: VideoReader, place: Callable[[], int], lookahead: int) -> np.nda
         return self._pixels(place(), lookahead)
     except _Reordered:  # the table was not to be relied on after all
         self._from_table = False
+        self._container.seek(
+            min(0, self._ticks[0]), stream=self._stream, backward=True
+        )  # packets from the first on
         self._set_times(packet_times(self._container, self._stream))
         return self._pixels(place(), lookahead)
 

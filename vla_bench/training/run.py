@@ -12,6 +12,7 @@ __all__ = ['COUNTS', 'FREE_KEYS', 'PLACES', 'TrainerSettings', 'RunSettings', 'c
 
 # %% ../../nbs/training/25_run.ipynb #grun0002
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -225,7 +226,7 @@ def differences(
     now: Mapping[str, Any],
 ) -> list[str]:  # "trainer.weight_decay is 0.01 there and 0.5 here"
     """The keys in which two configurations differ, but for those that change nothing that is learned."""
-    saved, now = _flat(saved), _flat(now)
+    saved, now = _flat(_named(saved)), _flat(_named(now))
     free = ("evaluation", *(f"trainer.{key}" for key in FREE_KEYS))
     return [
         f"{key} is {saved.get(key)!r} there and {now.get(key)!r} here"
@@ -235,16 +236,32 @@ def differences(
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested dictionary with dotted keys."""
-    if not isinstance(tree, dict):
+    """A nested dictionary with dotted keys; in a list of dictionaries, those of each by its number."""
+    if isinstance(tree, list) and tree and all(isinstance(each, dict) for each in tree):
+        parts = [(f"{prefix}[{place}]", each) for place, each in enumerate(tree)]
+    elif isinstance(tree, dict):
+        parts = [(f"{prefix}.{key}".lstrip("."), value) for key, value in tree.items()]
+    else:
         return {prefix: tree}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}.{key}".lstrip("."))
-    return found
+    return {key: value for name, part in parts for key, value in _flat(part, name).items()}
+
+
+def _named(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration with the name of every dataset of a mixture written out."""
+    section = (tree.get("datasets") or {}).get("vla_data") or {}
+    entries = section.get("mixture")
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and isinstance(e.get("dataset"), str) for e in entries
+    ):
+        return tree
+    named = [{**entry, "name": entry.get("name") or Path(entry["dataset"]).name} for entry in entries]
+    return {**tree, "datasets": {**tree["datasets"], "vla_data": {**section, "mixture": named}}}
 
 # %% ../../nbs/training/25_run.ipynb #2fa619e6
 PLACES = ("run_root_dir", "run_id", "datasets.vla_data.root", "framework.vlm.base_vlm")
+_FOLDERS = re.compile(
+    r"datasets\.vla_data\.(root|mixture\[\d+\]\.dataset) is "
+)  # of data; what they hold is compared
 
 
 def find_resume(
@@ -269,11 +286,13 @@ def find_resume(
             f"{run} already holds a run; continue it with --trainer.resume true, "
             "write elsewhere with --run_id NAME, or delete the folder yourself"
         )
-    if differing := differences(load_config(run).to_dict(), cfg.to_dict()):
-        raise ConfigError(
-            f"{run} was trained with another configuration: {'; '.join(differing)}. "
-            "Use the same values, or write elsewhere with --run_id NAME"
-        )
+    differing = differences(load_config(run).to_dict(), cfg.to_dict())
+    other = (
+        f"{run} was trained with another configuration: {'; '.join(differing)}. "
+        "Use the same values, or write elsewhere with --run_id NAME"
+    )
+    if not all(_FOLDERS.match(line) for line in differing):
+        raise ConfigError(other)
     newest = last_good_checkpoint(run) if mode == "last_good" else latest_checkpoint(run)
     if newest and mode != "last_good":
         try:
@@ -282,10 +301,13 @@ def find_resume(
             raise ValueError(
                 f"{error}; --trainer.resume last_good goes on from the newest whole one"
             ) from error
-    trained_with = load_progress(newest).get("config") if newest else None
+    saved = load_progress(newest) if newest else {}
+    if differing and not isinstance(saved.get("data"), dict):
+        raise ConfigError(other)  # nothing says whether the data in the other folder are the same
+    trained_with = saved.get("config")
     # the places may be others: a run and its data may be moved, and the data themselves are compared
     lines = differences(trained_with, cfg.to_dict()) if isinstance(trained_with, dict) else []
-    if lines := [line for line in lines if not line.startswith(PLACES)]:
+    if lines := [line for line in lines if not (line.startswith(PLACES) or _FOLDERS.match(line))]:
         raise ConfigError(
             f"{run / 'config.yaml'} is not what {newest.name} was trained with: {'; '.join(lines)}"
         )
