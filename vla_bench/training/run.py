@@ -77,6 +77,7 @@ from vla_bench.training.sources import (
     Source,
     check_insulation,
     framework_weights,
+    freeze_untaught,
     robot_source,
     robots_alone,
     weighted,
@@ -606,6 +607,7 @@ def set_up(
     order, size = data.order(seed), settings.per_device_batch_size
     robots = robot_source(framework.prepare, view, size, order)
     learnt = weighted([robots, *open_others(framework)], settings.loss_scale or {})
+    freeze_untaught(framework, learnt)
     optimizer, scheduler = make_optimizer(framework, settings)
     check_insulation(framework, learnt)
     parts = parts_table(framework, optimizer.param_groups)

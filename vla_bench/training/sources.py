@@ -6,7 +6,7 @@ Docs: https://vla-bench.github.io/vla_bench/training/sources.html.md"""
 
 # %% auto #0
 __all__ = ['ReadOthers', 'Source', 'count_actions', 'action_losses', 'robot_source', 'Objective', 'framework_weights', 'weighted',
-           'robots_alone', 'check_insulation']
+           'freeze_untaught', 'robots_alone', 'check_insulation']
 
 # %% ../../nbs/training/24_sources.ipynb #2fe95d98
 from collections.abc import Callable, Mapping, Sequence
@@ -100,6 +100,14 @@ def weighted(
     if not (kept := {name: source for name, source in found.items() if source.weight}):
         raise ConfigError("trainer.loss_scale is 0 for every source, so there is nothing to learn")
     return kept
+
+# %% ../../nbs/training/24_sources.ipynb #cd23cd48
+def freeze_untaught(framework: Framework, sources: Mapping[str, Source]) -> None:
+    """Freezes all but the backbone where no robot teaches anything else."""
+    if "vla" not in sources:
+        for name, parameter in framework.named_parameters():
+            if not name.startswith("vlm."):
+                parameter.requires_grad_(False)
 
 # %% ../../nbs/training/24_sources.ipynb #aa8bd34e
 ReadOthers = Callable[[Config], Callable[[Framework], Sequence[Source]]]
