@@ -57,6 +57,7 @@ EXTRAS = {
     "accelerate": "train",
     "pyarrow": "train",
     "av": "train",
+    "h5py": "hdf5",
 } | {name: name for name in ("metaworld", "deepspeed", "wandb")}
 
 

@@ -297,3 +297,19 @@ def test_names_are_looked_for_so_deep(depth, expected):
     for _ in range(depth - 1):
         names = [names]
     assert flat_names(names) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"b": 2, "a": 1, "g": 3}, ("a", "b", "g")),
+        ({"a": 0.0, "b": 1.0, "g": 2.0}, ("dim_0", "dim_1", "dim_2")),
+        ({"motors": {"b": 1, "a": 0, "g": 2}}, ("a", "b", "g")),
+        ({"a": 0, "b": 0, "g": 1}, ("dim_0", "dim_1", "dim_2")),
+    ],
+)
+@pytest.mark.parametrize("key", ["action", "observation.state"])
+def test_places_may_begin_at_one_and_must_be_whole(make, tmp_path, names, expected, key):
+    root = make.v30(tmp_path / "arm", features=make.PLAIN | {key: make.vector(3, names)})
+    dataset = LeRobotDataset(root)
+    assert {"action": dataset.action_layout, "observation.state": dataset.state_layout}[key].names == expected

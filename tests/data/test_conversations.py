@@ -141,11 +141,6 @@ def test_a_setting_that_cannot_be_meant_names_its_key(key, value, message):
         config.section("datasets.vlm_data").into(ConversationSettings)
 
 
-def test_the_trainer_still_says_that_co_training_is_not_in_this_version(home):
-    with pytest.raises(ConfigError, match="co-training with data of images and text is not in this version"):
-        load_config(home / "train.yaml").require_sections()
-
-
 def rows_of(dataset, batches, workers):
     """Which conversations a loader gives, by worker processes or without."""
     keys = [[row for _, row in batch] for batch in batches]

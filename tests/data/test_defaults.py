@@ -108,7 +108,7 @@ DEFAULTS = {
     },
     "paths.Folder": {"follow_links": False},
     "sample.check_sample": {"training": False},
-    "seen.SeenDataset": {"future": ()},
+    "viewed.ViewedDataset": {"future": ()},
     "transforms.Resize": {"method": "stretch", "filter": "bicubic"},
     "transforms.Crop": {"fraction": 0.9, "filter": "bicubic"},
     "transforms.ColorJitter": {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0},

@@ -682,3 +682,35 @@ def test_a_camera_that_repeats_images_is_told_once_however_many_it_repeats(tmp_p
     found = examine(write(tmp_path / "data", images=stuttering_more, episodes=3, length=30), videos=True)
     (finding,) = [finding for finding in found if finding.name == "repeated images"]
     assert finding.episodes == (0, 1, 2) and finding.text.endswith("in episodes 0, 1, 2")
+
+
+@pytest.mark.parametrize("write_dataset", ["v21", "v30"])
+def test_a_dataset_without_images_is_examined(make, tmp_path, write_dataset, capsys):
+    features = {name: feature for name, feature in make.PLAIN.items() if name != make.TOP}
+    constant = {"action": make.counting(3), "observation.state": lambda row: [float(row), row / 2, 0.5]}
+    root = getattr(make, write_dataset)(tmp_path / "arm", features=features, extra=constant, lengths=(20, 30))
+    found = {finding.name: finding for finding in examine(root, videos=True)}
+    assert found["no images"].severity == "warning" and "unreadable" not in found
+    assert "dim_2" in found["dead dimension"].text
+    main([str(root), "--videos", "--card", str(tmp_path / "card")])
+    assert "| cameras | none |" in (tmp_path / "card/card.md").read_text()
+
+
+def test_images_of_depth_are_left_out_and_told(make, tmp_path):
+    depth = make.camera(info={"video.is_depth_map": True})
+    root = make.v30(
+        tmp_path / "arm", features=make.PLAIN | {"observation.images.depth": depth}, lengths=(20,)
+    )
+    found = examine(root, videos=True)
+    assert [f.text for f in found if f.name == "not RGB"] == [
+        "observation.images.depth holds depth, and is not looked at"
+    ]
+    assert open_recording(root).dataset.cameras == ("top",)
+
+
+def test_a_state_that_modality_json_puts_together_is_examined(make, tmp_path):
+    features = {"action": make.vector(3), "joints": make.vector(3), make.TOP: make.camera()}
+    extra = {"action": make.counting(3), "joints": make.counting(3)}
+    spans = {"state": {"arm": {"start": 0, "end": 2, "original_key": "joints"}}}
+    root = make.v21(tmp_path / "arm", features=features, extra=extra, modality=spans)
+    assert open_recording(root).columns["state"].shape == (11, 2)

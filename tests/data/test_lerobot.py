@@ -331,3 +331,14 @@ def test_every_frame_is_decoded_when_it_is_asked_for(roots, tmp_path, capsys, mo
     assert seen == {0, 3, 5, 7, 8, 12}  # the ends, and the printed sample
     of_program(capsys, str(roots["v2.1"]), "--every_frame")
     assert seen == set(range(13))
+
+
+def test_the_program_checks_some_episodes_alone(roots, tmp_path, capsys):
+    shutil.copytree(roots["v2.1"], tmp_path / "numbered")
+    for path in (tmp_path / "numbered").rglob("*episode_000004.*"):
+        path.unlink()
+    check_program([str(tmp_path / "numbered"), "--episodes", "0", "3"])
+    assert "2 episodes, 15 frames" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        check_program([str(tmp_path / "numbered")])
+    assert "it holds episode 4" in capsys.readouterr().out

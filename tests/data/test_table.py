@@ -1,6 +1,7 @@
 """All numbers of the episodes, and a damaged one named where it is."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -243,3 +244,78 @@ def test_columns_of_another_width_than_declared_are_named(make, tmp_path):
         DatasetError, match="episode_000000.parquet: 'action' has 3 numbers per row, info.json says 2"
     ):
         LeRobotDataset(make.v21(tmp_path / "ds", features=features))
+
+
+def rewrite(path, change):
+    rows = pq.read_table(path)
+    pq.write_table(change(rows), path)
+
+
+def many(make, tmp_path):
+    return make.v21(tmp_path / "ds", lengths=(3,) * 40, extra={"action": make.counting(3)})
+
+
+def test_many_files_are_read_together_as_each_is_by_itself(make, tmp_path, monkeypatch):
+    root = many(make, tmp_path)
+    together = read_table(read_files(root), "action", None)
+    monkeypatch.setattr(table, "_read_joined", lambda *a: None)
+    apart = read_table(read_files(root), "action", None)
+    assert together.columns.keys() == apart.columns.keys() and together.first_rows == apart.first_rows
+    assert all((together.columns[name] == apart.columns[name]).all() for name in apart.columns)
+
+
+def test_one_file_of_many_may_have_other_types(make, tmp_path):
+    root = many(make, tmp_path)
+    whole = read_table(read_files(root), "action", None).columns
+    path = root / "data/chunk-000/episode_000037.parquet"
+    wide = lambda rows: rows.set_column(
+        rows.column_names.index("task_index"), "task_index", rows["task_index"].cast("int32")
+    )
+    rewrite(path, wide)
+    found = read_table(read_files(root), "action", None).columns
+    assert all((found[name] == whole[name]).all() for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.drop_columns("action"), "episode_000037.parquet: no column 'action'"),
+        (
+            lambda rows: rows.set_column(
+                rows.column_names.index("action"),
+                "action",
+                pa.array([[1.0], [1.0, 2.0], [3.0]], pa.list_(pa.float32())),
+            ),
+            "episode_000037.parquet: column 'action' holds vectors of lengths [1, 2]",
+        ),
+        (lambda rows: rows.slice(1), "episode_000037.parquet: episode 37 has 2 rows, its metadata say 3"),
+    ],
+    ids=["lacks a column", "ragged", "shorter"],
+)
+def test_one_of_many_files_that_is_damaged_is_named(make, tmp_path, change, message):
+    root = many(make, tmp_path)
+    rewrite(root / "data/chunk-000/episode_000037.parquet", change)
+    with pytest.raises(DatasetError) as error:
+        read_table(read_files(root), "action", None)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["action", "observation.state"])
+@pytest.mark.parametrize("value", [1e39, -1e308])
+@pytest.mark.parametrize("write", ["v21", "v30"])
+def test_a_number_that_float32_cannot_hold_is_named(make, tmp_path, key, value, write):
+    extra = {name: make.counting(3) for name in ("action", "observation.state")}
+    extra[key] = lambda row: [0.0, value if row == 7 else 1.0, 2.0]
+    root = getattr(make, write)(tmp_path / "arm", extra=extra)
+    found = re.escape(f"episode 1 frame 1: {key}[1] is {value}")
+    with pytest.raises(DatasetError, match=found):
+        LeRobotDataset(root)
+    assert re.search(found, validate(root)[0])
+
+
+@pytest.mark.parametrize("episodes", [[], (), np.array([], int)])
+def test_no_episodes_at_all_is_an_error(make, tmp_path, episodes):
+    root = make.v21(tmp_path / "arm")
+    with pytest.raises(DatasetError, match="no episodes are asked for"):
+        LeRobotDataset(root, episodes=episodes)
+    assert "no episodes are asked for" in validate(root, episodes=episodes)[0]

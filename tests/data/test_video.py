@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -425,3 +426,38 @@ def test_packets_that_are_not_shown_are_no_frames():
     ]
     found = packet_times(SimpleNamespace(demux=lambda stream: packets), "stream")
     assert found.tolist() == [2, 4] and found.dtype == np.int64
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux says how much memory is used")
+@pytest.mark.parametrize("options", [{"bf": "0"}, {}])  # times from the table, and from the packets
+def test_reading_at_random_does_not_take_more_and_more_memory(tmp_path, options):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"g": "2", **options})
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for level in range(100):
+            image = np.full((32, 32, 3), 2 * level, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+    def own_kib():
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("Anonymous:")).split()[1])
+
+    video, order = VideoReader(tmp_path / "a.mp4"), np.random.default_rng(0).integers(0, 100, 5000)
+    for index in order[:1000]:
+        video.read(int(index))
+    before = own_kib()
+    for index in order[1000:]:
+        video.read(int(index))
+    assert own_kib() - before < 400  # 200 bytes for each frame that is left behind would be 800
+
+
+def test_an_avi_whose_frames_are_reordered_is_refused(make, tmp_path):
+    """AVI keeps no times, so that frames would come in the order in which they are stored."""
+    frames, options = [make.level(i) for i in range(12)], {"bf": "3", "g": "12"}
+    make.encode(tmp_path / "reordered.avi", frames, 30, options=options)
+    with pytest.raises(VideoError, match="another order than they are shown, and an AVI file does not"):
+        VideoReader(tmp_path / "reordered.avi")
+    make.encode(tmp_path / "plain.avi", frames, 30, options={"bf": "0"})
+    video = VideoReader(tmp_path / "plain.avi")
+    assert [round(float(video.read(i).mean()) / 16) for i in (7, 0, 11, 3)] == [7, 0, 11, 3]

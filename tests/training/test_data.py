@@ -13,7 +13,7 @@ from vla_bench.data.lerobot import LeRobotDataset
 from vla_bench.data.mixture import MixtureEntry
 from vla_bench.data.normalize import Normalizer, compute_statistics
 from vla_bench.data.robots import read_robot
-from vla_bench.data.seen import seen_statistics
+from vla_bench.data.viewed import viewed_statistics
 from vla_bench.data.windows import window_rows
 from vla_bench.data.writer import LeRobotWriter
 from vla_bench.training.data import (
@@ -259,7 +259,7 @@ def test_mode_and_rotation_reach_samples_statistics_and_specification(home, chan
     encoding = make_encoding(robot.action, robot.state, dict(zip(names, modes)), rotation)
     assert member.train.view.encoding == encoding and encoding.modes == modes
     recorded = LeRobotDataset(home / "arm", horizon=4).select(member.train.episodes)
-    statistics = seen_statistics([recorded], encoding)
+    statistics = viewed_statistics([recorded], encoding)
     scale = {
         "action": Normalizer(statistics["action"], "min_max"),
         "state": Normalizer(statistics["state"], "mean_std"),

@@ -17,17 +17,13 @@ from vla_bench.config import load_config
 from vla_bench.data.lerobot import LeRobotDataset
 from vla_bench.training import imitation
 from vla_bench.training.checkpoint import latest_checkpoint, list_checkpoints
-from vla_bench.training.imitation import train, update
-from vla_bench.training.loop import AugmentedView, make_loader, read_metrics
+from vla_bench.training.imitation import micro_batches, train, update
+from vla_bench.training.loop import AugmentedView, read_metrics
 from vla_bench.training.run import set_up
 
 
 def weights_of(run):
     return load_file(latest_checkpoint(run) / "model.safetensors")
-
-
-def stream_of(run):
-    return iter(make_loader(run.view, run.sampler(), run.framework.prepare))
 
 
 def evaluations_of(run):
@@ -126,7 +122,7 @@ def moved(config):
     run = set_up(config(f"{rates} --trainer.learning_rate.base 0.01"))
     before = {name: p.detach().clone() for name, p in run.framework.named_parameters()}
     rate = max(group["lr"] for group in run.optimizer.param_groups)
-    update(run, [next(stream_of(run))])
+    update(run, [next(micro_batches(run))])
     parameters = run.framework.named_parameters()
     return {name: (p.detach() - before[name]).abs().max().item() for name, p in parameters}, rate
 
@@ -145,7 +141,7 @@ def test_the_first_step_of_adamw_has_the_size_of_the_rate(moved):
 def test_frozen_modules_stand_still(config):
     run = set_up(config("--trainer.freeze_modules qwen_vl_interface --trainer.warmup_steps 0"))
     before = {name: p.detach().clone() for name, p in run.framework.named_parameters()}
-    update(run, [next(stream_of(run))])
+    update(run, [next(micro_batches(run))])
     same = {name for name, p in run.framework.named_parameters() if torch.equal(p, before[name])}
     assert {name for name in before if name.startswith("vlm.")} <= same
     assert any(not name.startswith("vlm.") for name in before.keys() - same)
@@ -187,9 +183,9 @@ def test_the_statistics_are_those_of_the_training_episodes(watched):
 def test_accumulation_is_exact_although_chunks_hold_padding(config):
     """Two micro-batches of four against plain autograd on the eight samples at once."""
     run = set_up(config("--trainer.gradient_clipping 1e9 --trainer.gradient_accumulation_steps 2"))
-    stream = stream_of(run)
+    stream = micro_batches(run)
     batches = [next(stream), next(stream)]
-    valid = [int((~batch["action_is_pad"]).sum()) for batch in batches]
+    valid = [int((~micro["vla"]["action_is_pad"]).sum()) for micro in batches]
     assert valid[0] != valid[1], "choose another seed: this test needs unequal padding"
     run.model.eval()
     keys = run.sampler().batch(0) + run.sampler().batch(1)
@@ -313,7 +309,7 @@ def test_a_chunk_is_padded_from_the_episodes_end_on(config):
 def test_the_offending_sample_is_named_in_any_micro_batch(config, monkeypatch, micro_batch, place):
     options = "--trainer.gradient_accumulation_steps 2 --trainer.warmup_steps 0"
     run = set_up(config(options))
-    stream = stream_of(run)
+    stream = micro_batches(run)
     update(run, [next(stream), next(stream)])
     key = run.sampler().batch(2 + micro_batch)[place]
     clean = AugmentedView.__getitem__
@@ -323,7 +319,8 @@ def test_the_offending_sample_is_named_in_any_micro_batch(config, monkeypatch, m
         return {**sample, "action": sample["action"] + np.float32(3e38)} if asked == key else sample
 
     monkeypatch.setattr(AugmentedView, "__getitem__", spoilt)
-    batches = [run.framework.prepare([run.view[k] for k in run.sampler().batch(n)]) for n in (2, 3)]
+    keys = [run.sampler().batch(number) for number in (2, 3)]
+    batches = [{"vla": run.framework.prepare([run.view[k] for k in own])} for own in keys]
     with pytest.raises(FloatingPointError) as error:
         update(run, batches)
     origin = run.data.train[key[1]]["origin"]
@@ -338,7 +335,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(config, monkeypa
     before = {name: p.detach().clone() for name, p in run.framework.named_parameters()}
     monkeypatch.setattr(run.accelerator, "clip_grad_norm_", lambda *_: torch.tensor(norm))
     with pytest.raises(FloatingPointError) as error:
-        update(run, [next(stream_of(run))])
+        update(run, [next(micro_batches(run))])
     origins = [run.data.train[row]["origin"] for _, row in run.sampler().batch(0)]
     assert f"step 1: the gradient's norm is {norm}; " in str(error.value)
     assert str(error.value).endswith(f"learning rate and precision. The batch: {'; '.join(origins)}")

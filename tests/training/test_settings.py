@@ -51,6 +51,7 @@ def numbers(run) -> dict:
         "schedule": [[f(step) for f in run.scheduler.lr_lambdas[:1]] for step in range(4)],
         "specification": (run.spec.cameras, run.spec.horizon, run.spec.normalization, run.spec.state is None),
         "clipping": settings.gradient_clipping,
+        "weight of the loss": {name: source.weight for name, source in run.sources.items()},
         "workers": settings.num_workers,
         "intervals": (settings.log_interval, settings.eval_interval, settings.save_interval),
         "measured": settings.eval_samples,
@@ -73,6 +74,7 @@ CHANGES = [
     ("trainer.warmup_steps=3", {"schedule"}),
     ("trainer.min_lr_ratio=0.5", {"schedule"}),
     ("trainer.gradient_clipping=0.5", {"clipping"}),
+    ("trainer.loss_scale={vla: 0.5}", {"weight of the loss"}),
     ("trainer.mixed_precision=bf16", {"precision"}),
     ("trainer.num_workers=1", {"workers"}),
     ("trainer.log_interval=2", {"intervals"}),
@@ -255,6 +257,7 @@ def test_the_defaults_are_these():
         "eval_samples": 1024,
         "pretrained_checkpoint": None,
         "reload_modules": None,
+        "loss_scale": None,
         "resume": False,
         "verify": False,
     }

@@ -8,8 +8,8 @@ from vla_bench.data.layout import Layout
 from vla_bench.data.lerobot import LeRobotDataset
 from vla_bench.data.normalize import Normalizer, compute_statistics
 from vla_bench.data.parts import Part
-from vla_bench.data.seen import SeenDataset, seen_statistics
 from vla_bench.data.view import ModelView, Widths
+from vla_bench.data.viewed import ViewedDataset, viewed_statistics
 from vla_bench.data.windows import window_rows
 from vla_bench.data.writer import LeRobotWriter
 
@@ -46,7 +46,7 @@ def level(image) -> int:
 
 
 def view_of(dataset, **change) -> ModelView:
-    statistics = seen_statistics([dataset], ENCODING)
+    statistics = viewed_statistics([dataset], ENCODING)
     scales = {name: Normalizer(statistics[name], "min_max") for name in ("action", "state")}
     return ModelView(
         **{"normalizers": scales, "encoding": ENCODING, "history": HISTORY, "prompt": "do {lang}", **change}
@@ -62,7 +62,7 @@ def bounds(row: int) -> tuple[int, int]:
 @pytest.mark.parametrize("row", range(sum(LENGTHS)))
 def test_a_sample_is_what_its_definition_says(dataset, row):
     own = view_of(dataset)
-    seen = SeenDataset(dataset, own, future=(1, 3))
+    seen = ViewedDataset(dataset, own, future=(1, 3))
     sample, columns = seen[row], dataset.columns
     rows, is_pad = window_rows(row, *bounds(row), HISTORY)
     states = columns["state"][rows]
@@ -85,7 +85,7 @@ def test_a_sample_is_what_its_definition_says(dataset, row):
 
 
 def test_without_history_or_future_there_is_one_image_per_camera(dataset):
-    sample = SeenDataset(dataset, ModelView())[3]
+    sample = ViewedDataset(dataset, ModelView())[3]
     assert [level(image) for image in sample["image"]] == [3, 13]
     assert not {"image_mask", "future", "future_is_pad", "action_mask"} & set(sample)
     np.testing.assert_array_equal(sample["state"], dataset.columns["state"][3])
@@ -95,7 +95,7 @@ def test_without_history_or_future_there_is_one_image_per_camera(dataset):
 
 
 def test_a_wider_model_pads_behind_what_the_robot_has(dataset):
-    seen = SeenDataset(dataset, view_of(dataset, widths=Widths(12, 30, 8)))
+    seen = ViewedDataset(dataset, view_of(dataset, widths=Widths(12, 30, 8)))
     assert seen.dims == (8, 24) and seen.action_dim == 8  # before padding
     sample = seen[12]
     assert sample["action"].shape == (3, 12) and (sample["action"][:, 8:] == 0).all()
@@ -104,21 +104,21 @@ def test_a_wider_model_pads_behind_what_the_robot_has(dataset):
 
 
 def test_what_a_dataset_is_stays_as_it_was(dataset):
-    seen = SeenDataset(dataset.select([2, 0]), ModelView(history=(-1, 0)))
+    seen = ViewedDataset(dataset.select([2, 0]), ModelView(history=(-1, 0)))
     assert (seen.name, seen.horizon, seen.cameras, seen.episodes) == ("toy", 3, ("left", "right"), [2, 0])
     assert seen.starts.tolist() == [0, 7, 12] and len(seen) == 12
     assert seen.action_layout == seen.state_layout == Layout(NAMES) and seen.dims == (5, 10)
     other = seen.with_view(ModelView(prompt="p {lang}"))
     assert (other.view.prompt, other.future, other.dataset) == ("p {lang}", (), seen.dataset)
-    assert SeenDataset(dataset, ModelView(), [2]).with_view(ModelView()).future == (2,)
+    assert ViewedDataset(dataset, ModelView(), [2]).with_view(ModelView()).future == (2,)
     with pytest.raises(ValueError, match="toy is scaled already"):
-        SeenDataset(dataset.with_normalizers({"action": None}), ModelView())
+        ViewedDataset(dataset.with_normalizers({"action": None}), ModelView())
 
 
 def test_statistics_of_several_recordings_are_those_of_all_rows(dataset):
     parts = [dataset.select([0]), dataset.select([2])]
     for encoding in (None, ENCODING):
-        found = seen_statistics(parts, encoding)
+        found = viewed_statistics(parts, encoding)
         assert (found["num_transitions"], found["num_trajectories"]) == (12, 2)
         states = [part.columns["state"] for part in parts]
         expected = compute_statistics(
@@ -126,7 +126,7 @@ def test_statistics_of_several_recordings_are_those_of_all_rows(dataset):
         )
         np.testing.assert_allclose(found["state"].mean, expected.mean, atol=1e-12)
         np.testing.assert_allclose(found["state"].q99, expected.q99, atol=1e-12)
-    plain = seen_statistics(parts, None)
+    plain = viewed_statistics(parts, None)
     expected = compute_statistics([part.columns["action"] for part in parts])
     np.testing.assert_array_equal(plain["action"].std, expected.std)
     seen = []
@@ -140,8 +140,8 @@ def test_statistics_of_several_recordings_are_those_of_all_rows(dataset):
 
 def test_without_a_state_there_are_no_statistics_of_one(dataset):
     blind = LeRobotDataset(dataset.root, horizon=3, state_key=None)
-    assert seen_statistics([blind], None)["state"] is None
+    assert viewed_statistics([blind], None)["state"] is None
     plain = make_encoding(PARTS, (), rotation="rotation_6d")
-    assert seen_statistics([blind], plain)["state"] is None
-    seen = SeenDataset(blind, ModelView(encoding=plain, history=(-1, 0)))
+    assert viewed_statistics([blind], plain)["state"] is None
+    seen = ViewedDataset(blind, ModelView(encoding=plain, history=(-1, 0)))
     assert seen.dims == (8, 0) and "state" not in seen[3] and len(seen[3]["image"]) == 4
