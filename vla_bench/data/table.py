@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from .columns import Spans, find_spans, read_columns
+from .columns import Spans, as_array, find_spans, read_columns, read_rows
 from .layout import Layout
 from .lerobot_files import DatasetFiles, Episode
 from .paths import DatasetError
@@ -41,18 +42,26 @@ def read_file(
     widths: Mapping[str, int],  # numbers in a row of each wanted column
 ) -> dict[str, np.ndarray]:  # each [N, D]
     """The wanted columns and the counters of a data file. Raises `DatasetError` naming the file."""
-    if not episode.data.exists():
+    if not files.folder.has(episode.data):
         raise DatasetError(f"{episode.data} is missing; it holds episode {episode.index}")
-    columns = read_columns(files.folder, episode.data, list(dict.fromkeys([*widths, *_INDEX])))
+    columns = read_columns(files.folder, episode.data, _names(widths))
+    _check_columns(columns, widths, str(episode.data))
+    return columns
+
+
+def _names(widths: Mapping[str, int]) -> list[str]:
+    return list(dict.fromkeys([*widths, *_INDEX]))
+
+
+def _check_columns(columns: Mapping[str, np.ndarray], widths: Mapping[str, int], where: str) -> None:
     for name, values in columns.items():
         expected = widths.get(name, 1)
         if len(values) and values.shape[1] != expected:
             raise DatasetError(
-                f"{episode.data}: {name!r} has {values.shape[1]} numbers per row, info.json says {expected}"
+                f"{where}: {name!r} has {values.shape[1]} numbers per row, info.json says {expected}"
             )
         if name in _INDEX[1:] and values.dtype.kind not in "iu":
-            raise DatasetError(f"{episode.data}: {name!r} holds {values.dtype}, expected whole numbers")
-    return columns
+            raise DatasetError(f"{where}: {name!r} holds {values.dtype}, expected whole numbers")
 
 
 def runs(
@@ -60,6 +69,8 @@ def runs(
     numbers: np.ndarray,  # [N], the episode of each row
 ) -> dict[int, tuple[int, int]]:  # episode to its first row and the one behind its last
     """Where each episode stands in a file. Raises `DatasetError` for one that stands in two places."""
+    if len(numbers) and (numbers == numbers[0]).all():  # a file of one episode, as in v2
+        return {int(numbers[0]): (0, len(numbers))}
     cuts = np.flatnonzero(np.diff(numbers)) + 1
     begins, ends = np.append(0, cuts), np.append(cuts, len(numbers))
     found = dict(zip(numbers[begins].tolist() if len(numbers) else [], zip(begins.tolist(), ends.tolist())))
@@ -94,10 +105,10 @@ def check_episode_rows(episode: Episode, where: tuple[int, int] | None) -> tuple
 
 
 def check_numbers(files: DatasetFiles, columns: Mapping[str, np.ndarray], spans: Spans) -> None:
-    """Raises `DatasetError` naming file, episode and field of the first number that is not finite."""
+    """Raises `DatasetError` naming file, episode and field of the first number that is not finite as float32."""
     for name, start, end in (*spans.parts, ("timestamp", 0, 1)):
         values = columns[name][:, start:end]
-        if not (bad := ~np.isfinite(values)).any():
+        if not (bad := ~(np.abs(values) <= np.finfo(np.float32).max)).any():
             continue
         row, dimension = np.argwhere(bad)[0]
         ends = np.cumsum([e.length for e in files.episodes])
@@ -110,16 +121,34 @@ def check_numbers(files: DatasetFiles, columns: Mapping[str, np.ndarray], spans:
 
 # %% ../../nbs/data/56_table.ipynb #a6075dd0
 def _read_all(files: DatasetFiles, widths: Mapping[str, int]) -> dict[Path, dict[str, np.ndarray]]:
-    """Each data file once; many files, as v2 has them, by a few threads."""
+    """Each data file once."""
     first: dict[Path, Episode] = {}
     for episode in files.episodes:
         if episode.length:
             first.setdefault(episode.data, episode)
-    read = lambda episode: read_file(files, episode, widths)
-    if len(first) < 32:
-        return {path: read(episode) for path, episode in first.items()}
-    with ThreadPoolExecutor(4) as pool:
-        return dict(zip(first, pool.map(read, first.values())))
+    joined = _read_joined(files, first, widths) if len(first) >= 32 else None
+    return joined or {path: read_file(files, episode, widths) for path, episode in first.items()}
+
+
+def _read_joined(
+    files: DatasetFiles, first: Mapping[Path, Episode], widths: Mapping[str, int]
+) -> dict[Path, dict[str, np.ndarray]] | None:
+    """Many files, as v2 has them, as parts of one array per column; None when one of them is not as the others."""
+    if not all(map(files.folder.has, first)):
+        return None
+    paths, names = list(first), _names(widths)
+    read = lambda begin: [read_rows(files.folder, path, names) for path in paths[begin : begin + 256]]
+    with ThreadPoolExecutor(2) as pool:  # many at a time: handing one over costs as much as reading it
+        tables = [table for found in pool.map(read, range(0, len(paths), 256)) for table in found]
+    try:
+        joined = pa.concat_tables(tables)
+        columns = {name: as_array(joined[name], name) for name in names}
+        _check_columns(columns, widths, "all files")
+    except (pa.ArrowInvalid, DatasetError):
+        return None
+    ends = np.cumsum([0, *(len(table) for table in tables)]).tolist()
+    cut = lambda begin, end: {name: values[begin:end] for name, values in columns.items()}
+    return {path: cut(*place) for path, place in zip(paths, zip(ends, ends[1:]))}
 
 
 def read_table(
@@ -190,5 +219,9 @@ def only(
     """The same dataset as if it had no other episodes. Raises `DatasetError` for one that does not exist."""
     if indices is None:
         return files
+    if not len(indices):
+        raise DatasetError(
+            f"{files.root}: no episodes are asked for; leave `episodes` out to take all of them"
+        )
     wanted = set(check_episodes(files, indices))
     return replace(files, episodes=[e for e in files.episodes if e.index in wanted])

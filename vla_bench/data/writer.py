@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from fastcore.basics import patch
 
 from .layout import Layout
-from .video import open_video
+from .video import CODECS, open_video
 from ..files import write_json
 from ..registry import suggest
 
@@ -141,6 +141,7 @@ class Shard:
         cameras: Mapping[str, tuple[int, int]],
         fps: float,
         crf: int,
+        codec: str = "h264",
     ):
         data, video = PATHS[version]
         self.fps, self.schema, self.videos, self._files = fps, schema, {}, ExitStack()
@@ -148,7 +149,7 @@ class Shard:
         self.parquet = self._files.enter_context(parquet)
         for name, (height, width) in cameras.items():
             path = shard_file(root, video, number, video_key=video_key(name))
-            opened = open_video(path, height=height, width=width, fps=fps, crf=crf)
+            opened = open_video(path, height=height, width=width, fps=fps, crf=crf, codec=codec)
             self.videos[name] = self._files.enter_context(opened)
 
     def __enter__(self) -> "Shard":
@@ -189,10 +190,11 @@ def camera_feature(
     height: int,  # pixels
     width: int,
     fps: float,  # Hz
+    codec: str = "h264",
 ) -> dict:
     """What `info.json` says about the video of a camera."""
     coding = {"video.height": height, "video.width": width}
-    coding |= {"video.codec": "h264", "video.pix_fmt": "yuv420p", "video.fps": fps}
+    coding |= {"video.codec": codec, "video.pix_fmt": "yuv420p", "video.fps": fps}
     coding |= {"video.channels": 3, "video.is_depth_map": False, "has_audio": False}
     shape = {"shape": [height, width, 3], "names": ["height", "width", "channels"]}
     return {"dtype": "video", **shape, "info": coding}
@@ -202,13 +204,14 @@ def features_json(
     cameras: Mapping[str, tuple[int, int]],
     layouts: Mapping[str, Layout],  # of the columns "action" and, if there is one, "observation.state"
     fps: float,
+    codec: str = "h264",  # of the videos
 ) -> dict[str, dict]:
     """Every column and camera of a dataset, with type, shape and names."""
     features: dict[str, dict] = {
         name: {"dtype": "float32", "shape": [layout.dim], "names": list(layout.names)}
         for name, layout in layouts.items()
     }
-    features |= {video_key(name): camera_feature(*size, fps) for name, size in cameras.items()}
+    features |= {video_key(name): camera_feature(*size, fps, codec) for name, size in cameras.items()}
     return features | {
         n: {"dtype": dtype, "shape": [1], "names": None} for n, dtype in INDEX_FEATURES.items()
     }
@@ -223,9 +226,10 @@ def info_json(
     tasks: int,  # how many
     robot_type: str,
     benchmark: str,
+    codec: str = "h264",  # of the videos
 ) -> dict:
     """The content of `meta/info.json`."""
-    count, features = len(lengths), features_json(cameras, layouts, fps)
+    count, features = len(lengths), features_json(cameras, layouts, fps, codec)
     info = {"codebase_version": version, "robot_type": robot_type, "total_episodes": count}
     info |= {"total_frames": sum(lengths), "total_tasks": tasks, "chunks_size": 1000}
     info |= {"fps": int(fps) if float(fps).is_integer() else fps, "splits": {"train": f"0:{count}"}}
@@ -312,9 +316,11 @@ def write_episodes_v3(
     write_tasks_v3(meta, tasks)
 
 # %% ../../nbs/data/40_writer.ipynb #86d48604
-def _check_target(root: Path, version: str, cameras: Mapping) -> None:
+def _check_target(root: Path, version: str, cameras: Mapping, codec: str) -> None:
     if version not in VERSIONS:
         raise ValueError(f"unknown version {version!r}{suggest(version, VERSIONS)}")
+    if codec not in CODECS:
+        raise ValueError(f"unknown codec {codec!r}{suggest(codec, CODECS)}")
     if root.exists() and any(root.iterdir()):
         raise FileExistsError(f"{root} is not empty; choose another folder or delete it")
     if not cameras:
@@ -345,10 +351,12 @@ class LeRobotWriter:
         benchmark: str = "",  # the simulator, if any
         episodes_per_file: int = 50,  # of parquet and video files, v3.0
         crf: int = 18,
+        codec: str = "h264",  # of the videos, or "av1"
     ):
         self.root, self.fps, self.cameras = Path(root), fps, dict(cameras)
-        _check_target(self.root, version, self.cameras)
-        self.version, self.crf, self.robot_type, self.benchmark = version, crf, robot_type, benchmark
+        _check_target(self.root, version, self.cameras, codec)
+        self.version, self.crf, self.codec = version, crf, codec
+        self.robot_type, self.benchmark = robot_type, benchmark
         self.layouts = {"action": action} | ({"observation.state": state} if state else {})
         self.per_file = episodes_per_file if version == "v3.0" else 1
         self.tasks: dict[str, int] = {}
@@ -366,7 +374,7 @@ def _write(self: LeRobotWriter, index: int, arrays: dict, images: Mapping, entry
     if index % self.per_file == 0:
         self._open.close()
         place = (self.root, self.version, index // self.per_file, self.schema, self.cameras)
-        self.shard = self._open.enter_context(Shard(*place, self.fps, self.crf))
+        self.shard = self._open.enter_context(Shard(*place, self.fps, self.crf, self.codec))
     self.shard.write_rows(arrays)
     entry["stats"] = {name: column_summary(column) for name, column in arrays.items()}
     for name, frames in images.items():
@@ -423,7 +431,7 @@ def finalize(self: LeRobotWriter) -> None:
         write_episodes_v2(meta, self.episodes, self.tasks)
     write_json(meta / "modality.json", modality_json(self.cameras, self.layouts))
     about = (self.version, self.fps, self.cameras, self.layouts, lengths, len(self.tasks))
-    write_json(meta / "info.json", info_json(*about, self.robot_type, self.benchmark))
+    write_json(meta / "info.json", info_json(*about, self.robot_type, self.benchmark, self.codec))
 
 # %% ../../nbs/data/40_writer.ipynb #49705d95
 @patch
