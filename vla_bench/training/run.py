@@ -227,7 +227,13 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 # %% ../../nbs/training/25_run.ipynb #2fa619e6
-PLACES = ("run_root_dir", "run_id", "datasets.vla_data.root", "framework.vlm.base_vlm")
+PLACES = (
+    "run_root_dir",
+    "run_id",
+    "datasets.vla_data.root",
+    "datasets.vla_data.cache",
+    "framework.vlm.base_vlm",
+)
 
 
 def find_resume(
