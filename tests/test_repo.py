@@ -45,6 +45,7 @@ CROSS_CUTTING = {
     "test_repo.py": "the repository",
     "test_tutorials.py": "components of one's own, by hand and by the scaffold",
     "data/test_damaged_datasets.py": "every reader of a dataset",
+    "training/test_streamed_run.py": "data, loop and imitation: a run on a stream",
     "evaluation/test_failures.py": "rollout, workers and report: a simulator that raises or dies",
     "benchmarks/test_metaworld_episodes.py": "metaworld and rollout: what an episode of a simulator is made of",
     "evaluation/test_episodes.py": "rollout: what an episode is made of",
