@@ -371,3 +371,16 @@ def test_those_are_ready_that_have_answered_or_are_out_of_time(left, answered):
     found = [busy.index(each) for each in workers.ready(busy)]
     at_once = sorted({*answered, *(i for i, seconds in enumerate(left) if seconds == 0)})
     assert found == (at_once or [1]) and time.monotonic() - began < 3
+
+
+def test_a_simulator_is_gone_before_another_is_started_in_its_place(process, monkeypatch):
+    worker, events = process(PointReach()), []
+    gone = worker.process
+    told = {name: lambda name=name: events.append(name) for name in ("kill", "join")}
+    monkeypatch.setattr(worker, "process", SimpleNamespace(**told))
+    monkeypatch.setattr(worker, "connection", SimpleNamespace(close=lambda: events.append("close")))
+    monkeypatch.setattr(worker, "open", lambda: events.append("open"))
+    worker.restart()
+    assert events == ["kill", "join", "close", "open"]
+    monkeypatch.undo()
+    assert worker.process is gone
