@@ -675,6 +675,11 @@ MISTAKES = {
     "share": (["split", "SOURCE", "new", "--fractions", "a=x", "b=1"], "--fractions: 'x' is no number"),
     "folder": (["split", "SOURCE", "new", "--episodes", "../a=0"], "'../a' cannot be the name of a folder"),
     "target": (["merge", "SOURCE", "SOURCE"], "is not empty; choose another folder"),
+    "feature": (
+        ["remove", "SOURCE", "new", "--features", "actoin"],
+        "no feature 'actoin' to remove; did you mean 'action'?",
+    ),
+    "counter": (["remove", "SOURCE", "new", "--features", "index"], "no feature 'index' to remove"),
     "margin": (["trim", "SOURCE", "new", "--margin", "-1"], "expected a positive time and one from 0 on"),
 }
 
@@ -687,3 +692,46 @@ def test_a_mistake_is_one_line(words, message, dataset, tmp_path, capsys, monkey
     told = capsys.readouterr().err
     assert left.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1 and message in told
     assert not list(tmp_path.iterdir())
+
+
+# Features that are left out
+
+
+def test_removed_features_leave_no_trace(make, dataset, version, tmp_path):
+    root = dataset(version)
+    gone = [WRIST, "force", "language_events", "secret", "observation.state"]
+    report = write_edited(pieces_of(open_source(root, removed=gone)), tmp_path / "new")
+    assert validate(tmp_path / "new", state_key=None) == []
+    old, new = table_of(root), table_of(tmp_path / "new")
+    assert new.equals(old.select([name for name in old.column_names if name not in gone]))
+    assert (
+        sum(report.videos.values())
+        == len(list((tmp_path / "new").rglob("*.mp4")))
+        == (3 if version == "v21" else 1)
+    )
+    texts = [p.read_text() for p in (tmp_path / "new/meta").glob("*.json*")]
+    assert not any(name in text for name in gone for text in texts)
+    data = LeRobotDataset(tmp_path / "new", state_key=None)
+    assert (
+        data.cameras == ("top",) and np.asarray(data[8]["image"][0]).tobytes() == rows(root)[8]["images"][0]
+    )
+
+
+def test_what_modality_says_of_a_removed_feature_goes_with_it(tmp_path):
+    root = written(tmp_path / "one", [0, 1])
+    write_edited(pieces_of(open_source(root, removed=["observation.state"])), tmp_path / "new")
+    modality = json.loads((tmp_path / "new/meta/modality.json").read_text())
+    assert "state" not in modality and modality["action"].keys() == {"x", "y"}
+    info = json.loads((tmp_path / "new/meta/info.json").read_text())
+    assert info["vla_bench"]["state_layout"] is None and info["vla_bench"]["action_layout"]["names"] == [
+        "x",
+        "y",
+    ]
+
+
+def test_after_a_feature_is_removed_two_sources_may_fit(make, tmp_path):
+    one = make.v30(tmp_path / "one")
+    two = make.v21(tmp_path / "two", features=make.PLAIN | {"observation.images.side": make.camera()})
+    sources = [open_source(one), open_source(two, removed=["observation.images.side"])]
+    write_edited(merge_datasets(sources), tmp_path / "new")
+    assert validate(tmp_path / "new") == [] and len(LeRobotDataset(tmp_path / "new")) == 22

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .episode_plan import Piece, Source, check_alike, named_column, plan_tasks
+from .episode_plan import USUAL, Piece, Source, check_alike, named_column, plan_tasks
 from .paths import DatasetError
 from .row_copy import as_schema, image_statistics, new_rows, numbers_of, summaries
 from .schema import one_line
@@ -129,7 +129,7 @@ def _entry(
     stats = summaries(table, target.features)
     for name in stats if target.version >= "v3" else ():
         target.columns.setdefault(name, []).append(numbers_of(table[name]))
-    for camera in piece.source.files.cameras():
+    for camera in piece.source.cameras:
         found, decoded = image_statistics(piece, camera)
         stats |= {piece.source.name(camera): found} if found else {}
         target.report.decoded += decoded
@@ -153,9 +153,7 @@ def clip_of(piece: Piece, camera: str) -> Clip:
 
 def write_videos(target: Target, pieces: Sequence[Piece], camera: str) -> None:
     """Copies the videos of a camera, by its new name, and says in the metadata where each episode is."""
-    old = {
-        id(s): next(n for n in s.files.cameras() if s.name(n) == camera) for s in {p.source for p in pieces}
-    }
+    old = {id(s): next(n for n in s.cameras if s.name(n) == camera) for s in {p.source for p in pieces}}
     clips = [clip_of(piece, old[id(piece.source)]) for piece in pieces]
     single, template = target.version < "v3", _templates(target.version)[1]
     files = [[[clip]] for clip in clips] if single else plan_files(clips, target.limit("video"))
@@ -172,7 +170,7 @@ def write_videos(target: Target, pieces: Sequence[Piece], camera: str) -> None:
 def new_info(target: Target, pieces: Sequence[Piece], tasks: int) -> dict[str, Any]:
     """The content of `meta/info.json`."""
     source, count, later = pieces[0].source, len(pieces), target.version >= "v3"
-    features = {source.name(name): feature for name, feature in source.info["features"].items()}
+    features = {source.name(name): source.info["features"][name] for name in source.features}
     videos = sum(f["dtype"] == "video" for f in features.values())
     info = {**source.info, "codebase_version": target.version, "features": features}
     info |= {
@@ -183,6 +181,9 @@ def new_info(target: Target, pieces: Sequence[Piece], tasks: int) -> dict[str, A
     info |= dict(zip(("data_path", "video_path"), _templates(target.version))) | (
         {} if videos else {"video_path": None}
     )
+    gone = {f"{role}_layout": None for role, column in USUAL.items() if column in source.removed}
+    if gone and info.get("vla_bench"):
+        info["vla_bench"] = {**info["vla_bench"], **gone}
     if not is_unchanged(pieces):
         info["splits"] = {"train": f"0:{count}"}
     old = {"total_chunks": -(-count // target.chunk), "total_videos": count * videos}
@@ -202,16 +203,17 @@ def is_unchanged(pieces: Sequence[Piece]) -> bool:
 # %% ../../nbs/data/87_edited_dataset.ipynb #e666a91d
 def new_modality(source: Source) -> dict[str, Any]:
     """The content of `meta/modality.json` with the new names of features."""
-    if not source.names:
+    if not source.names and not source.removed:
         return source.modality
-    return {
-        role: {
-            n: e for name, entry in entries.items() for n, e in [_entry_renamed(role, name, entry, source)]
-        }
-        if isinstance(entries, Mapping)
-        else entries
-        for role, entries in source.modality.items()
-    }
+    found = {}
+    for role, entries in source.modality.items():
+        kept = entries
+        if isinstance(entries, Mapping):
+            stays = {n: e for n, e in entries.items() if named_column(role, n, e) not in source.removed}
+            kept = dict(_entry_renamed(role, name, entry, source) for name, entry in stays.items())
+        if kept or not entries:
+            found[role] = kept
+    return found
 
 
 def _entry_renamed(role: str, name: str, entry: Any, source: Source) -> tuple[str, Any]:
@@ -242,7 +244,7 @@ def all_statistics(target: Target, pieces: Sequence[Piece]) -> dict[str, Any]:
     found = {name: column_summary(np.concatenate(parts)) for name, parts in target.columns.items()}
     stored = pieces[0].source.files.root / "meta/stats.json"
     before = read_json(stored) if is_unchanged(pieces) and stored.is_file() else {}
-    for old in pieces[0].source.files.cameras():
+    for old in pieces[0].source.cameras:
         camera = pieces[0].source.name(old)
         parts = [e["stats"].get(camera, {}) for e in target.episodes]
         if old in before:
@@ -342,12 +344,10 @@ def fill(root: Path, shown: Path, pieces: Sequence[Piece], version: str | None) 
     report = Report(shown, check_version(version, pieces))
     tasks, numbers = plan_tasks(pieces)
     source = pieces[0].source
-    target = Target(
-        root, report.version, source.info, [source.name(n) for n in source.files.features], report
-    )
+    target = Target(root, report.version, source.info, [source.name(n) for n in source.features], report)
     write_rows(target, pieces, numbers, list(tasks))
-    for name, feature in source.files.features.items():
-        if feature.dtype == "video":
+    for name in source.cameras:
+        if source.files.features[name].dtype == "video":
             write_videos(target, pieces, source.name(name))
     write_metadata(target, pieces, tasks)
     copy_others(target, pieces)
