@@ -13,7 +13,7 @@ DEFAULTS = {
     "checkpoint.check_checkpoint": {"resume": False, "verify": False},
     "checkpoint.data_identity": {"verify": False},
     "data.open_dataset": {"horizon": 1},
-    "imitation.not_finite": {"loss": "action_loss"},
+    "imitation.not_finite": {"loss": ""},
     "imitation.main": {"argv": None},
     "loop.BatchSampler": {"first": 0, "stop": 4611686018427387904, "rank": 0, "processes": 1, "order": None},
     "loop.augment": {"shift_pixels": 0, "state_noise": 0.0},

@@ -505,3 +505,38 @@ def test_the_rows_of_two_processes_are_disjoint_and_as_many(measured, config, mo
     rows = np.linspace(0, len(held_out) - 1, 7).round().astype(int).tolist()[:6]
     assert [sum(chunks, []) for chunks in drawn] == [rows[::2], rows[1::2]]
     assert {len(chunk) for chunks in drawn for chunk in chunks} == {3}  # of four at most
+
+
+ROWS = {"a": {"eval/action_error": 1.0, "eval/action_error/x": 5.0}, "b": {"eval/action_error": 4.0}}
+NAMED = {
+    "eval/action_error": 2.5,
+    "eval/a/action_error": 1.0,
+    "eval/a/action_error/x": 5.0,
+    "eval/b/action_error": 4.0,
+}
+
+
+@pytest.mark.parametrize(
+    "mixed, held, expected",
+    [
+        (False, ["a"], ROWS["a"]),
+        (False, [], {}),
+        (True, ["a", "b"], NAMED),
+        (True, ["b"], {"eval/action_error": 4.0, "eval/b/action_error": 4.0}),
+        (True, [], {}),
+    ],
+)
+def test_errors_are_named_by_dataset_in_a_mixture_and_plain_otherwise(monkeypatch, mixed, held, expected):
+    members = [SimpleNamespace(dataset=SimpleNamespace(name=name)) for name in ("a", "b")]
+    data = SimpleNamespace(
+        members=members,
+        mixture="it" if mixed else None,
+        held_out=lambda: {name: f"view of {name}" for name in held},
+    )
+
+    def errors(run, member, view):
+        assert view == f"view of {member.dataset.name}"
+        return ROWS[member.dataset.name]
+
+    monkeypatch.setattr(imitation, "held_out_errors", errors)
+    assert imitation.evaluate(SimpleNamespace(data=data)) == expected

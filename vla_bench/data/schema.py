@@ -144,6 +144,7 @@ def explain_value(error: ValidationError) -> str:
     first, more = error.errors(include_url=False)[0], error.error_count() - 1
     field, found = _field(first["loc"]) or "the content", repr(first["input"])
     line = f"{field} is {found if len(found) < 80 else found[:77] + '...'}, expected {_expected(first)}"
+    line = f"{field} is missing" if first["type"] == "missing" else line
     return line + (f" (and {more} more)" if more else "")
 
 # %% ../../nbs/data/44_schema.ipynb #a2fec4ed
@@ -223,8 +224,10 @@ _COLUMN = {
 def open_table(folder: Folder, path: Path) -> pq.ParquetFile:
     """A parquet file. Raises `DatasetError` naming one that is missing, or is none."""
     try:
-        return pq.ParquetFile(folder.check(path))
-    except (pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(folder.check(path))
+        _ = file.schema_arrow.names  # decoded here, so that a name that is no text is told with the file
+        return file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read as parquet: {one_line(error)}") from error
 
 

@@ -259,7 +259,13 @@ def _named(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**tree, "datasets": {**tree["datasets"], "vla_data": {**section, "mixture": named}}}
 
 # %% ../../nbs/training/25_run.ipynb #2fa619e6
-PLACES = ("run_root_dir", "run_id", "datasets.vla_data.root", "framework.vlm.base_vlm")
+PLACES = (
+    "run_root_dir",
+    "run_id",
+    "datasets.vla_data.root",
+    "datasets.vla_data.cache",
+    "framework.vlm.base_vlm",
+)
 _FOLDERS = re.compile(
     r"datasets\.vla_data\.(root|mixture\[\d+\]\.dataset) is "
 )  # of data; what they hold is compared

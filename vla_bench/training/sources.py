@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config import Config, ConfigError, suggest
 from ..data.order import MixtureOrder
+from ..data.streaming import ShardOrder
 from ..models.frameworks.framework import Framework
 from .loop import AugmentedView
 
@@ -34,7 +35,7 @@ class Source:
     count: Callable[[dict[str, Any]], int]  # how many numbers of a batch it is a mean over
     batch_size: int  # samples per process and micro-batch
     weight: float = 1.0  # trainer.loss_scale.NAME
-    order: MixtureOrder | None = None  # see `BatchSampler`
+    order: MixtureOrder | ShardOrder | None = None  # see `BatchSampler`
     files: Mapping[str, str] = field(
         default_factory=dict
     )  # file to hash; a run is continued on the same ones only
@@ -57,7 +58,7 @@ def robot_source(
     prepare: Callable[[list], dict[str, Any]],  # the framework's
     view: AugmentedView,
     batch_size: int,
-    order: MixtureOrder | None = None,
+    order: MixtureOrder | ShardOrder | None = None,
 ) -> Source:
     """What robots did."""
     return Source("vla", view, prepare, action_losses, "action_loss", count_actions, batch_size, order=order)
