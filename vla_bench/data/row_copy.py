@@ -134,8 +134,9 @@ def new_rows(
     first: int,  # how many frames the episodes before it have
     tasks: Mapping[int, int],  # number of an instruction in the source to its number in the new dataset
 ) -> pa.Table:
-    """The rows of a piece: columns renamed, counters counted anew, all else as it is."""
-    table, source = source_rows(piece), piece.source
+    """The rows of a piece: columns renamed or left out, counters counted anew, all else as it is."""
+    source, table = piece.source, source_rows(piece)
+    table = table.select([name for name in table.column_names if name not in source.removed])
     steps, known = np.arange(len(table)), table.column_names
     numbers = lambda rows, name: as_array(rows[name], f"{piece.where}: column {name!r}")[:, 0]
     values = {"episode_index": np.full(len(steps), episode), "index": first + steps}
@@ -149,7 +150,7 @@ def new_rows(
         }
     for name in (name for name in values if name in known):
         table = with_values(table, name, values[name])
-    for name in (name for name in known if name in source.files.features):
+    for name in (name for name in known if name in source.features):
         kind, place = source.files.features[name].dtype, table.schema.get_field_index(name)
         if kind == "language" and piece.start:
             table = table.set_column(
@@ -160,11 +161,11 @@ def new_rows(
 
 
 def _renamed(table: pa.Table, source: Source) -> pa.Table:
-    if not source.names:
+    if not source.names and not source.removed:
         return table
     kept = {
         k: v for k, v in (table.schema.metadata or {}).items() if k != b"huggingface"
-    }  # it has the old names
+    }  # it has the old features
     return table.rename_columns([source.name(n) for n in table.column_names]).replace_schema_metadata(kept)
 
 # %% ../../nbs/data/85_row_copy.ipynb #9c95bcc1
