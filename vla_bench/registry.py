@@ -57,6 +57,8 @@ EXTRAS = {
     "accelerate": "train",
     "pyarrow": "train",
     "av": "train",
+    "h5py": "hdf5",
+    "google_crc32c": "rlds",
 } | {name: name for name in ("metaworld", "deepspeed", "wandb")}
 
 

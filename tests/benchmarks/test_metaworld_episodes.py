@@ -1,19 +1,28 @@
 """MetaWorld in absolute terms: which way up an image is, what an action does, what a demonstration holds."""
 
+import json
+import os
+import sys
 import zlib
+from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from vla_bench.benchmarks import metaworld as metaworld_module
 from vla_bench.benchmarks.metaworld import (
     CAMERAS,
+    TASKS,
     MetaWorld,
     Simulator,
     demonstrate,
     expert,
     instruction_of,
+    main,
     record,
 )
+from vla_bench.registry import RegistryError
 
 TASK, SIZE = "drawer-open-v3", (24, 40)  # height and width differ
 SOME = ("gripperPOV", "corner2", "topview")  # not in MetaWorld's order
@@ -298,3 +307,343 @@ def test_what_metaworld_declares():
         "opening",
     )
     assert set(spec.version) == {"metaworld", "mujoco"} and len(MetaWorld().tasks()) == 50
+
+
+# --- what is set in the simulator, and what a demonstration has when nothing is said ---------------------------------
+
+
+def test_the_observation_for_experts_holds_the_scene_twice_and_its_goal(simulator):
+    """Two frames of a hand that stands still, then where to go; scenes of other seeds have other goals."""
+    goals = []
+    for seed in (3, 4):
+        observation = simulator.reset(seed)
+        assert observation.shape == (39,)
+        np.testing.assert_array_equal(observation[:18], observation[18:36])
+        np.testing.assert_array_equal(observation[:4], simulator.state())
+        np.testing.assert_allclose(observation[36:], simulator.env._target_pos)
+        goals.append(observation[36:])
+    assert np.abs(goals[0] - goals[1]).max() > 1e-3 and np.abs(goals[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("size", [(16, 16), (600, 800)])
+def test_an_image_may_be_smaller_or_larger_than_mujocos_own(size):
+    one = Simulator(TASK, ("corner2",), size)
+    one.reset(3)
+    (image,) = one.frames()
+    quality = one.env.model.vis
+    assert image.shape == (*size, 3) and image.std() > 10 and image.flags["C_CONTIGUOUS"]
+    assert quality.quality.offsamples == 0
+    assert quality.global_.offheight >= 480 and quality.global_.offwidth >= 640
+    one.close()
+    assert one.renderer is None
+
+
+def test_a_simulator_that_is_still_open_is_closed_at_exit():
+    one = Simulator(TASK, ("corner2",), (16, 16))
+    one.reset(1)
+    one.frames()
+    kept = [other for other in metaworld_module.OPEN if other is not one]
+    assert len(kept) < len(metaworld_module.OPEN)
+    metaworld_module.OPEN.difference_update(kept)
+    metaworld_module.close_simulators()
+    metaworld_module.OPEN.update(kept)
+    assert one.renderer is None
+
+
+def test_an_episode_may_be_closed_twice(benchmark):
+    episode = benchmark.make(TASK, 4)
+    used = episode.simulator
+    episode.close()
+    episode.close()
+    assert episode.simulator is None and benchmark._idle is used
+
+
+def test_a_demonstration_has_this_noise_and_these_steps_when_nothing_is_said(simulator):
+    plain = demonstrate(simulator, 11, render=False)
+    said = demonstrate(simulator, 11, render=False, noise=0.1, extra_steps=5, max_steps=500)
+    np.testing.assert_array_equal(plain.action, said.action)
+    assert plain.action.dtype == plain.state.dtype == np.float32
+
+
+class Fake:
+    """A simulator that need not be there."""
+
+    made = []
+
+    def __init__(self, task, cameras, image_size):
+        self.task, self.closed = task, False
+        Fake.made.append((self, cameras, image_size))
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Demonstrations whose success is told by seed; the list says what was asked for."""
+    Fake.made.clear()
+    asked = []
+
+    def script(fails):
+        def demonstrate(simulator, seed, *, noise, render=True):
+            asked.append((seed, noise, render))
+            return None if fails(seed) else (simulator.task, seed, render)
+
+        monkeypatch.setattr(metaworld_module, "Simulator", Fake)
+        monkeypatch.setattr(metaworld_module, "demonstrate", demonstrate)
+        return asked
+
+    return script
+
+
+def test_the_first_successful_seeds_are_demonstrated_and_the_others_told(scripted):
+    """Each seed is tried without images first."""
+    asked, failed = scripted(lambda seed: seed in (6, 8)), {"other": [1]}
+    benchmark = SimpleNamespace(cameras=("corner",), image_size=(16, 24))
+    found = list(metaworld_module._successes(benchmark, TASK, 3, 5, 0.25, failed))
+    assert found == [(TASK, seed, True) for seed in (5, 7, 9)] and failed == {"other": [1], TASK: [6, 8]}
+    assert asked == [
+        (seed, 0.25, render)
+        for seed in range(5, 10)
+        for render in (False, True)
+        if seed not in (6, 8) or not render
+    ]
+    ((simulator, *how),) = Fake.made
+    assert simulator.closed and how == [("corner",), (16, 24)]
+
+
+@pytest.mark.parametrize("good, fails", [(0, 10), (1, 10), (3, 10), (4, 12), (6, 18)])
+def test_an_expert_may_fail_ten_times_and_thrice_as_often_as_it_succeeds(scripted, good, fails):
+    """One failure more, and the recorder gives up with the numbers."""
+    benchmark = SimpleNamespace(cameras=("corner",), image_size=(16, 24))
+    scripted(lambda seed: seed >= good and seed < good + fails)
+    assert len(list(metaworld_module._successes(benchmark, TASK, good + 1, 0, 0.5, {}))) == good + 1
+    scripted(lambda seed: seed >= good)
+    named = f"{TASK}: the expert failed on {fails + 1} of {good + fails + 1} seeds with noise 0.5"
+    with pytest.raises(ValueError, match=named):
+        list(metaworld_module._successes(benchmark, TASK, good + 1, 0, 0.5, {}))
+    assert all(simulator.closed for simulator, *_ in Fake.made)
+
+
+class Writer:
+    """A dataset that keeps what it is given."""
+
+    def __init__(self, root):
+        self.root, self.episodes = root, []
+        root.mkdir()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def add_episode(self, **episode):
+        self.episodes.append(episode)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """`record` with a fake simulator and a fake dataset: what is asked of each."""
+    seen = {"writers": [], "successes": []}
+
+    def writer(root, benchmark, version):
+        seen["writers"].append((Writer(root), benchmark, version))
+        return seen["writers"][-1][0]
+
+    def successes(benchmark, task, episodes, first_seed, noise, failed):
+        seen["successes"].append((benchmark, task, episodes, first_seed, noise))
+        failed.setdefault(task, []).append(99)
+        for seed in range(first_seed, first_seed + episodes):
+            rows = np.full((seed + 1, 4), seed, np.float32)
+            yield metaworld_module.Demonstration(task, seed, {"corner": f"images {seed}"}, rows, rows + 0.5)
+
+    monkeypatch.setattr(metaworld_module, "_open_writer", writer)
+    monkeypatch.setattr(metaworld_module, "_successes", successes)
+    return seen
+
+
+def test_each_argument_of_the_recorder_reaches_what_it_controls(recorder, tmp_path):
+    out, tasks = tmp_path / "data", ["drawer-open-v3", "door-close-v3"]
+    more = {
+        "episodes": 2,
+        "image_size": 40,
+        "cameras": ("corner", "topview"),
+        "noise": 0.3,
+        "first_seed": 4,
+        "version": "v2.1",
+    }
+    report = record(out, tasks, **more, show_progress=False)
+    ((writer, benchmark, version),) = recorder["writers"]
+    assert (version, benchmark.cameras, benchmark.image_size) == ("v2.1", ("corner", "topview"), (40, 40))
+    assert recorder["successes"] == [(benchmark, task, 2, 4, 0.3) for task in tasks]
+    told = [
+        (e["task"], e["images"], len(e["action"]), e["action"][0, 0] - e["state"][0, 0])
+        for e in writer.episodes
+    ]
+    assert told == [
+        (words, {"corner": f"images {seed}"}, seed + 1, 0.5)
+        for words in ("open the drawer", "close the door")
+        for seed in (4, 5)
+    ]
+    assert report.pop("seconds") > 0
+    assert report == {"episodes": 4, "frames": 2 * (5 + 6), "failed_seeds": {task: [99] for task in tasks}}
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_what_the_recorder_is_not_told_has_these_values(recorder, tmp_path, capsys):
+    record(tmp_path / "data", [TASK])
+    ((_, benchmark, version),) = recorder["writers"]
+    assert (version, benchmark.cameras, benchmark.image_size) == ("v3.0", ("corner2",), (96, 96))
+    assert recorder["successes"] == [(benchmark, TASK, 25, 0, 0.1)]
+    assert "25/25" in capsys.readouterr().err
+    record(tmp_path / "quiet", [TASK], episodes=1, show_progress=False)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("episodes", [0, -1])
+def test_a_recording_has_an_episode(recorder, tmp_path, episodes):
+    with pytest.raises(ValueError, match=f"episodes must be at least 1, got {episodes}"):
+        record(tmp_path / "data", [TASK], episodes=episodes)
+    assert recorder["writers"] == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("left", [(), ("dataset",)])
+def test_an_interrupted_recording_is_begun_again(recorder, tmp_path, left, capsys):
+    partial = tmp_path / "data.partial"
+    partial.mkdir()
+    for name in left:
+        (partial / name).mkdir()
+        (partial / name / "half").touch()
+    record(tmp_path / "data", [TASK], episodes=1, show_progress=False)
+    assert "an interrupted recording in" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["data"] and not list((tmp_path / "data").iterdir())
+
+
+def test_a_dataset_says_how_it_was_recorded(tmp_path):
+    for version in ("v3.0", "v2.1"):
+        benchmark = MetaWorld(tasks=[TASK], cameras=("corner", "topview"), image_size=(16, 24))
+        with metaworld_module._open_writer(tmp_path / version, benchmark, version) as writer:
+            pixels = np.zeros((2, 16, 24, 3), np.uint8)
+            rows = np.zeros((2, 4), np.float32)
+            writer.add_episode(
+                images={"corner": pixels, "topview": pixels}, state=rows, action=rows, task="go"
+            )
+        info = json.loads((tmp_path / version / "meta/info.json").read_text())
+        assert (info["codebase_version"], info["fps"], info["robot_type"]) == (version, 80, "sawyer")
+        cameras = [key for key, feature in info["features"].items() if feature["dtype"] == "video"]
+        assert [key.rsplit(".")[-1] for key in cameras] == ["corner", "topview"]
+        assert all(info["features"][key]["shape"][:2] == [16, 24] for key in cameras)
+
+
+PARSED = {
+    "tasks": [TASK], "out": "o", "episodes": 25, "cameras": ["corner2"], "image_size": 96, "noise": 0.1,
+    "first_seed": 0, "version": "v3.0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words, change",
+    [
+        ([], {}),
+        (["--episodes", "3"], {"episodes": 3}),
+        (["--cameras", "corner", "topview"], {"cameras": ["corner", "topview"]}),
+        (["--image_size", "40"], {"image_size": 40}),
+        (["--noise", "0.5"], {"noise": 0.5}),
+        (["--first_seed", "7"], {"first_seed": 7}),
+        (["--version", "v2.1"], {"version": "v2.1"}),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+@pytest.mark.parametrize(
+    "failed", [{}, {TASK: [3, 5], "door-open-v3": [1]}], ids=["no seed failed", "some failed"]
+)
+def test_the_program_hands_each_word_on_and_tells_what_was_recorded(
+    words, change, failed, monkeypatch, capsys
+):
+    seen = []
+    report = {"episodes": 4, "frames": 321, "seconds": 12.4, "failed_seeds": failed}
+    monkeypatch.setattr(metaworld_module, "record", lambda **options: seen.append(options) or report)
+    main(["record", "--tasks", TASK, "--out", "o", *words])
+    assert seen == [PARSED | change]
+    told = "seeds: drawer-open-v3 [3, 5], door-open-v3 [1]" if failed else "no seed"
+    assert (
+        capsys.readouterr().out == f"4 demonstrations, 321 frames, 12 s in o; the expert failed on {told}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["record", "--out", "o"], ["record", "--tasks", TASK], ["record", "--tasks", "--out", "o"]]
+)
+def test_what_the_program_has_to_be_told(words, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    said = capsys.readouterr().err
+    assert "are required" in said or "expected at least one argument" in said
+
+
+def test_the_program_lists_every_task_with_its_instruction(capsys):
+    main(["list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=1) for line in lines] == [[task, instruction_of(task)] for task in TASKS]
+    assert len(lines) == 50 and len({instruction_of(task) for task in TASKS}) == 50
+
+
+# --- a machine that lacks something -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "asked, checked", [(None, True), ("egl", True), ("EGL", True), ("osmesa", False), ("glfw", False)]
+)
+def test_egl_is_asked_for_unless_another_way_to_render_is(asked, checked, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(metaworld_module.ctypes, "CDLL", loaded.append)
+    if asked is None:
+        monkeypatch.delenv("MUJOCO_GL", raising=False)
+    else:
+        monkeypatch.setenv("MUJOCO_GL", asked)
+    metaworld, mujoco = metaworld_module.load_simulator()
+    assert (metaworld.__name__, mujoco.__name__) == ("metaworld", "mujoco")
+    assert os.environ["MUJOCO_GL"] == (asked or "egl") and loaded == ["libEGL.so.1"] * checked
+
+
+def test_a_machine_without_egl_is_told_what_to_install(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(metaworld_module.ctypes, "CDLL", missing)
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    with pytest.raises(
+        OSError, match="libEGL.so.1 is missing: rendering needs EGL.*apt-get install .*libegl1"
+    ):
+        metaworld_module.load_simulator()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ImportError])
+def test_a_renderer_that_cannot_be_made_is_told_the_same(error, simulator, monkeypatch):
+    import mujoco
+
+    def broken(*given):
+        raise error("no device")
+
+    monkeypatch.setattr(mujoco, "Renderer", broken)
+    with pytest.raises(OSError, match=r"MuJoCo cannot render here \(no device\): rendering needs EGL"):
+        metaworld_module.open_renderer(simulator.env.model, (16, 16))
+
+
+@pytest.mark.parametrize("missing", ["metaworld", "mujoco"])
+def test_a_package_that_is_missing_is_named_with_how_to_install_it(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(
+        RegistryError, match=f"benchmark 'metaworld' needs '{missing}': .*pip install.*metaworld"
+    ):
+        metaworld_module.load_simulator()
+
+    def version(name):
+        if name == missing:
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(metaworld_module, "version", version)
+    with pytest.raises(RegistryError, match=f"needs '{missing}': .*pip install.*metaworld"):
+        metaworld_module.installed_versions()

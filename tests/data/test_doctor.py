@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vla_bench.data.doctor import examine, main, open_recording, write_card
+from vla_bench.data import doctor
+from vla_bench.data.detectors import Finding
+from vla_bench.data.doctor import (
+    brisk_frames,
+    card_text,
+    contact_sheet,
+    counted,
+    distributions,
+    episode_lengths,
+    examine,
+    facts,
+    findings_table,
+    instruction_table,
+    main,
+    open_recording,
+    sampled_images,
+    table,
+    traces,
+    write_card,
+)
 from vla_bench.data.layout import Layout
 from vla_bench.data.writer import LeRobotWriter
 
@@ -391,3 +411,306 @@ def test_no_image_is_decoded_unless_asked_for(sound, tmp_path, capsys):
     assert examine(root) == []
     status, _ = run(capsys, root, "--card", tmp_path / "card")
     assert status == 0 and (tmp_path / "card/card.md").is_file()
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """Episodes of 3, 40, 35 and 31 frames, two cameras of other shapes, two numbers, four tasks of which two are alike."""
+    root, rng = tmp_path_factory.mktemp("short") / "short", np.random.default_rng(2)
+    layouts = {"state": Layout(("a", "b")), "action": Layout(("a", "b"), "delta", gripper="unknown")}
+    cameras = {"wide": (16, 32), "tall": (32, 16)}
+    with LeRobotWriter(root, fps=12.5, cameras=cameras, robot_type="toy", **layouts) as writer:
+        for number, length in enumerate((3, 40, 35, 31)):
+            levels = (5 * np.arange(length) + 10)[:, None, None, None]
+            films = {
+                n: np.tile(levels + 20 * c, (1, *size, 3)).astype(np.uint8)
+                for c, (n, size) in enumerate(cameras.items())
+            }
+            state = np.cumsum(rng.normal(size=(length, 2)), axis=0)
+            state[10:29] = state[10] if number == 1 else state[10:29]
+            action = np.diff(state, axis=0, append=state[-1:])
+            writer.add_episode(images=films, state=state, action=action, task=f"task of {number // 2}")
+    return open_recording(root)
+
+
+STARTS = [0, 3, 43, 78, 109]
+
+
+def test_a_recording_is_its_dataset_as_arrays(short):
+    assert short.starts.tolist() == STARTS and short.places == {0: 0, 1: 1, 2: 2, 3: 3}
+    assert [(what, names) for what, _, names in short.vectors] == [
+        ("action", ("a", "b")),
+        ("state", ("a", "b")),
+    ]
+    for what, values, _ in short.vectors:
+        assert values is short.columns[what]
+    assert short.info["robot_type"] == "toy" and short.keys == {
+        "action": "action",
+        "state": "observation.state",
+    }
+    assert np.flatnonzero(short.idle).tolist() == list(range(14, 32))
+
+
+def test_idle_frames_are_told_from_the_actions_where_there_is_no_state(short):
+    for kind, expected in (("delta", list(range(13, 31))), ("absolute", list(range(14, 31)))):
+        blind = open_recording(short.dataset.root, state_key=None)
+        layout = Layout(("a", "b"), kind)
+        blind.dataset._table = replace(blind.dataset._table, action_layout=layout)
+        assert np.flatnonzero(blind.idle).tolist() == expected
+        assert [what for what, _, _ in blind.vectors] == ["action"]
+
+
+def test_images_are_sampled_from_the_middle_of_episodes(short):
+    found = [
+        (place, (rows.start, rows.stop), {n: f.shape for n, f in films.items()})
+        for place, rows, films in sampled_images(short)
+    ]
+    assert [(place, rows) for place, rows, _ in found] == [
+        (0, (0, 3)),
+        (1, (8, 38)),
+        (2, (45, 75)),
+        (3, (78, 108)),
+    ]
+    assert found[1][2] == {"wide": (30, 16, 32, 3), "tall": (30, 32, 16, 3)}
+    few = [(place, rows.start, rows.stop) for place, rows, _ in sampled_images(short, episodes=2, length=5)]
+    assert few == [(0, 0, 3), (3, 91, 96)]
+    _, rows, films = list(sampled_images(short, 2, 5))[1]
+    for film, more in zip(films.values(), (0, 20)):
+        levels = film.astype(int).mean(axis=(1, 2, 3))
+        np.testing.assert_allclose(levels, 5 * (np.arange(rows.start, rows.stop) - 78) + 10 + more, atol=3)
+
+
+def test_brisk_frames_move_three_tenths_of_the_usual_most(short):
+    state = short.columns["state"]
+    motion = np.abs(np.diff(state, axis=0, prepend=state[:1]))
+    motion[STARTS[:-1]] = 0
+    expected = (motion > 0.3 * np.quantile(motion, 0.95, axis=0)).any(1)
+    assert brisk_frames(short).tolist() == expected.tolist() and 0.2 < expected.mean() < 0.9
+
+
+def test_a_histogram_holds_every_number_of_each_dimension(short):
+    figure = distributions(short)
+    axes = [axis for part in figure.subfigs for axis in part.axes if axis.get_title()]
+    assert [axis.get_title() for axis in axes] == ["action a", "action b", "state a", "state b"]
+    columns = [column for _, values, _ in short.vectors for column in values.T]
+    for axis, column in zip(axes, columns, strict=True):
+        counts, edges = np.histogram(column, bins=50)
+        assert [bar.get_height() for bar in axis.patches] == counts.tolist() and axis.get_yscale() == "log"
+        assert axis.patches[0].get_x() == pytest.approx(edges[0])
+
+
+def test_traces_show_the_episodes_that_are_asked_for_at_the_range_of_all(short):
+    for asked, chosen in (
+        ([3, 1], [3, 1]),
+        ([9, 2], [2]),
+        ([], [0, 1, 2, 3]),
+        ([0, 1, 2, 3, 0], [0, 1, 2, 3]),
+    ):
+        axes = traces(short, asked).axes
+        titles = [f"{what}, episode {number}" for what in ("action", "state") for number in chosen]
+        assert [axis.get_title() for axis in axes] == titles
+        for axis, (what, number) in zip(axes, [(w, n) for w in ("action", "state") for n in chosen]):
+            values = short.columns[what]
+            rows = values[STARTS[number] : STARTS[number + 1]]
+            expected = (rows - values.min(0)) / (values.max(0) - values.min(0))
+            for line, column in zip(axis.lines, expected.T, strict=True):
+                np.testing.assert_allclose(line.get_ydata(), column, atol=1e-12)
+            (grey,) = axis.collections
+            assert len(grey.get_paths()) == (number == 1)
+        assert [bool(axis.get_legend()) for axis in axes] == ([True] + [False] * (len(chosen) - 1)) * 2
+
+
+def test_a_trace_of_what_never_changes_is_zero(short):
+    still = replace(short)
+    values = short.columns["action"].copy()
+    values[:, 1] = 7
+    still.__dict__["columns"] = {**short.columns, "action": values}
+    assert (traces(still, [2]).axes[0].lines[1].get_ydata() == 0).all()
+
+
+def test_lengths_are_seconds_and_idle_ones(short):
+    (axis,) = episode_lengths(short).axes
+    moving, idle = axis.containers
+    np.testing.assert_allclose([bar.get_height() for bar in moving], np.diff(STARTS) / 12.5)
+    np.testing.assert_allclose([bar.get_height() for bar in idle], [0, 18 / 12.5, 0, 0])
+    assert [bar.get_x() + bar.get_width() / 2 for bar in moving] == pytest.approx([0, 1, 2, 3])
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("episode", "seconds")
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["moving", "idle"]
+
+
+def test_a_sheet_shows_four_frames_of_each_camera_and_episode(short):
+    sheet = np.asarray(contact_sheet(short, episodes=2)).astype(int)
+    assert sheet.shape == (
+        64 + 244 + 64 + 244,
+        496,
+        3,
+    )  # two episodes of two cameras: 60 and 240 high, 4 between
+    top, rows = 0, {0: np.linspace(0, 2, 4).round() + 0, 3: np.linspace(0, 29, 4).round() + 0}
+    for place, numbers in rows.items():
+        for more, height in ((0, 60), (20, 240)):
+            for column, number in enumerate(numbers):
+                tile = sheet[top + 2 : top + 2 + height, 2 + 124 * column : 122 + 124 * column]
+                assert abs(tile.mean() - (5 * number + 10 + more)) < 3, (place, column)
+            assert (sheet[top : top + 2] == 255).all() and (
+                sheet[top + 2 + height : top + 4 + height] == 255
+            ).all()
+            top += height + 4
+
+
+def test_a_table_is_markdown_on_one_line_per_row():
+    assert table(["a", "b"], [("x | y", "two\nlines"), ("1", "2")]) == (
+        "| a | b |\n| --- | --- |\n| x \\| y | two lines |\n| 1 | 2 |"
+    )
+
+
+def test_the_facts_of_a_dataset(short):
+    assert facts(short) == {
+        "format": "LeRobot v3.0, robot toy",
+        "episodes": "4, 109 frames, 0.1 minutes at 12.5 Hz",
+        "cameras": "wide, tall",
+        "action": "2 (a, b)",
+        "state": "2 (a, b)",
+        "kind of action": "delta, gripper unknown",
+        "idle": "17% of the frames",
+    }
+
+
+def test_instructions_are_counted_by_episode(short):
+    head = "| instruction | episodes |\n| --- | --- |\n"
+    assert instruction_table(short) == head + "| task of 0 | 2 |\n| task of 1 | 2 |"
+    assert instruction_table(short, most=1) == head + "| task of 0 | 2 |\n| and 1 more |  |"
+
+
+def test_numbers_of_findings_are_told_in_words():
+    assert counted({"note": 1, "error": 2}) == "2 errors, 1 note" and counted({}) == ""
+    assert counted({"error": 1, "warning": 0, "note": 3}) == "1 error, 0 warnings, 3 notes"
+
+
+FINDINGS = [Finding("error", "one", "what | is", (1,)), Finding("note", "two", "text")]
+
+
+def test_a_card_holds_all_that_was_found(short):
+    assert findings_table(FINDINGS) == (
+        "|  | finding | what was seen |\n| --- | --- | --- |\n| error | one | what \\| is |\n| note | two | text |"
+    )
+    text = card_text(short, FINDINGS, {"A caption": "a.png"})
+    assert text == "\n\n".join([
+        "# short", table(["", ""], facts(short).items()), "## Findings: 1 error, 1 note", findings_table(FINDINGS),
+        "## Instructions", instruction_table(short), "## Pictures", "![A caption](a.png)\n\n*A caption*",
+    ]) + "\n"  # fmt: skip
+    assert "## Findings: none\n\n## Instructions" in card_text(short, [], {})
+
+
+def test_a_card_is_written_with_its_pictures(short, tmp_path):
+    for videos, names in ((False, set()), (True, {"images.jpg"})):
+        card = write_card(short.dataset.root, tmp_path / f"a/{videos}", FINDINGS, videos=videos)
+        assert card == tmp_path / f"a/{videos}/card.md"
+        pictures = {"distributions.png", "traces.png", "lengths.png"} | names
+        assert {path.name for path in card.parent.iterdir()} == {"card.md"} | pictures
+        assert all(f"]({name})" in card.read_text() for name in pictures)
+
+
+def test_the_program_gives_its_words_to_the_examination(short, capsys, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(doctor, "examine", lambda root, **options: asked.append((root, options)) or FINDINGS)
+    words = [
+        short.dataset.root,
+        "--action_mode",
+        "delta",
+        "--videos",
+        "--action_key",
+        "b",
+        "--state_key",
+        "c",
+    ]
+    status, lines = run(capsys, *words)
+    assert asked == [
+        (
+            str(short.dataset.root),
+            {"action_mode": "delta", "videos": True, "action_key": "b", "state_key": "c"},
+        )
+    ]
+    assert status == 1 and lines == [
+        *map(str, FINDINGS),
+        f"{short.dataset.root}: 1 error, 0 warnings, 1 note",
+    ]
+    run(capsys, short.dataset.root)
+    plain = {
+        "action_mode": "absolute",
+        "videos": False,
+        "action_key": "action",
+        "state_key": "observation.state",
+    }
+    assert asked[1][1] == plain
+    status, lines = run(capsys, short.dataset.root, "--card", tmp_path / "card")
+    assert lines[-1] == f"wrote {tmp_path / 'card/card.md'}"
+    monkeypatch.setattr(doctor, "examine", lambda root, **options: [Finding("error", "unreadable", "it")])
+    status, lines = run(capsys, short.dataset.root, "--card", tmp_path / "none")
+    assert status == 1 and not (tmp_path / "none").exists()
+    with pytest.raises(SystemExit) as end:
+        main([str(tmp_path / "gone")])
+    assert end.value.code == 2 and "gone: no such folder" in capsys.readouterr().err
+
+
+def test_the_columns_that_are_examined_are_those_that_are_asked_for(tmp_path):
+    root = write(tmp_path / "data", dead)
+    assert [f.name for f in examine(root)] == ["dead dimension"]
+    assert examine(root, action_key="observation.state") != examine(root)
+    assert "dead dimension" not in names(examine(root, action_key="observation.state"))
+    assert [f.text for f in examine(root, state_key="action")][0].startswith("action 'elbow' is always")
+    assert {"state 'elbow' is always 0.25"} <= {f.text for f in examine(root, state_key="action")}
+
+
+def test_a_fault_of_images_is_told_once_per_camera_with_all_its_episodes(tmp_path):
+    found = examine(write(tmp_path / "data", images=black, episodes=3), videos=True)
+    assert [(f.severity, f.text, f.episodes) for f in found] == [
+        ("error", "camera 'wrist' shows one colour, in episodes 0, 1, 2", (0, 1, 2))
+    ]
+
+
+def test_a_camera_that_repeats_images_is_told_once_however_many_it_repeats(tmp_path):
+    """Every episode repeats another part of its images."""
+    parts = iter([8, 10, 12, 14, 16, 18])
+
+    def stuttering_more(state):
+        rows = np.arange(len(state))
+        if len(state) > 1:  # not what asks for the names of the cameras
+            odd = rows[1 : 2 * next(parts) : 2]
+            rows[odd] = odd - 1
+        return {"front": film(state)[rows]}
+
+    found = examine(write(tmp_path / "data", images=stuttering_more, episodes=3, length=30), videos=True)
+    (finding,) = [finding for finding in found if finding.name == "repeated images"]
+    assert finding.episodes == (0, 1, 2) and finding.text.endswith("in episodes 0, 1, 2")
+
+
+@pytest.mark.parametrize("write_dataset", ["v21", "v30"])
+def test_a_dataset_without_images_is_examined(make, tmp_path, write_dataset, capsys):
+    features = {name: feature for name, feature in make.PLAIN.items() if name != make.TOP}
+    constant = {"action": make.counting(3), "observation.state": lambda row: [float(row), row / 2, 0.5]}
+    root = getattr(make, write_dataset)(tmp_path / "arm", features=features, extra=constant, lengths=(20, 30))
+    found = {finding.name: finding for finding in examine(root, videos=True)}
+    assert found["no images"].severity == "warning" and "unreadable" not in found
+    assert "dim_2" in found["dead dimension"].text
+    main([str(root), "--videos", "--card", str(tmp_path / "card")])
+    assert "| cameras | none |" in (tmp_path / "card/card.md").read_text()
+
+
+def test_images_of_depth_are_left_out_and_told(make, tmp_path):
+    depth = make.camera(info={"video.is_depth_map": True})
+    root = make.v30(
+        tmp_path / "arm", features=make.PLAIN | {"observation.images.depth": depth}, lengths=(20,)
+    )
+    found = examine(root, videos=True)
+    assert [f.text for f in found if f.name == "not RGB"] == [
+        "observation.images.depth holds depth, and is not looked at"
+    ]
+    assert open_recording(root).dataset.cameras == ("top",)
+
+
+def test_a_state_that_modality_json_puts_together_is_examined(make, tmp_path):
+    features = {"action": make.vector(3), "joints": make.vector(3), make.TOP: make.camera()}
+    extra = {"action": make.counting(3), "joints": make.counting(3)}
+    spans = {"state": {"arm": {"start": 0, "end": 2, "original_key": "joints"}}}
+    root = make.v21(tmp_path / "arm", features=features, extra=extra, modality=spans)
+    assert open_recording(root).columns["state"].shape == (11, 2)

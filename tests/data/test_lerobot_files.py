@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vla_bench.data.lerobot_files import read_files
+from vla_bench.data.lerobot_files import DatasetFiles, check_once, read_files
+from vla_bench.data.paths import DatasetError, Folder
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 NUMBERS = {"dtype": "float32", "shape": [2], "names": None}
@@ -126,3 +127,75 @@ def test_frames_before_an_episode_are_those_of_its_own_video(third, camera, coun
 @pytest.mark.parametrize("which", ["second", "third"])
 def test_tasks_are_found_by_their_index(which, request):
     assert request.getfixturevalue(which).tasks == TASKS
+
+
+def test_what_is_remembered_between_calls_is_neither_printed_nor_compared(second):
+    second.shapes["a"] = (1, 2, 3)
+    second.folder.check(second.root / "meta/info.json")
+    assert second.folder.inside and "inside" not in repr(second.folder) and "shapes" not in repr(second)
+    assert hash(second.folder) != hash(Folder(second.root)) and second.folder != Folder(second.root)
+    with pytest.raises(TypeError):
+        DatasetFiles(second.root, "v2.1", second.info, [], {}, second.modality, second.folder)
+
+
+def test_a_number_that_stands_twice_is_named():
+    check_once([], "here")
+    check_once([3, 1, 2], "here")
+    with pytest.raises(DatasetError, match="^here 1 stands twice$"):
+        check_once(iter([3, 1, 2, 1]), "here")
+
+
+def test_cameras_are_the_videos_and_images_in_their_order(second):
+    assert second.cameras() == [WRIST, FRONT] and second.features is second.info.features
+
+
+@pytest.mark.parametrize("name", ["episodes", "tasks"])
+def test_an_episode_or_task_that_stands_twice_is_named(tmp_path, second, name):
+    file = tmp_path / f"meta/{name}.jsonl"
+    file.write_text(file.read_text() + file.read_text().splitlines()[1] + "\n")
+    number = {"episodes": "episode_index 2", "tasks": "task_index 0"}[name]
+    with pytest.raises(DatasetError, match=f"{name}.*{number} stands twice"):
+        read_files(tmp_path)
+
+
+def test_what_is_no_dataset_is_told(tmp_path, second):
+    with pytest.raises(FileNotFoundError, match="gone: no such folder"):
+        read_files(tmp_path / "gone")
+    with pytest.raises(
+        FileNotFoundError, match="data: no meta/info.json: not a LeRobot dataset, or a recording"
+    ):
+        (tmp_path / "data").mkdir()
+        read_files(tmp_path / "data")
+    info = tmp_path / "meta/info.json"
+    clean = info.read_text()
+    for version, near in (("v2.2", "did you mean 'v2.1'"), ("v1.6", "choices: v2.0")):
+        info.write_text(clean.replace("v2.1", version))
+        with pytest.raises(DatasetError, match=f"codebase_version '{version}' is not known.*{near}"):
+            read_files(tmp_path)
+    info.write_text(clean)
+    (tmp_path / "meta/episodes.jsonl").write_text("")
+    with pytest.raises(DatasetError, match="meta: episodes.jsonl lists no episode"):
+        read_files(tmp_path)
+
+
+def test_names_of_gr00t_are_read_where_there_are_any(tmp_path, second):
+    assert second.modality.video is None and second.version == "v2.1" and second.info.fps == 12.5
+    (tmp_path / "meta/modality.json").write_text(json.dumps({"video": {"eye": {"original_key": FRONT}}}))
+    assert read_files(tmp_path).modality.video["eye"].original_key == FRONT
+
+
+def test_links_are_followed_only_when_told(tmp_path, second):
+    assert second.folder.follow_links is False
+    assert read_files(tmp_path, follow_links=True).folder.follow_links is True
+
+
+def test_a_video_without_a_path_is_named(tmp_path, second):
+    info = tmp_path / "meta/info.json"
+    content = json.loads(info.read_text())
+    del content["video_path"]
+    info.write_text(json.dumps(content))
+    with pytest.raises(DatasetError, match=f"video_path is missing; '{WRIST}' is a video"):
+        read_files(tmp_path)
+    content["features"] = {"action": NUMBERS}
+    info.write_text(json.dumps(content))
+    assert read_files(tmp_path).episodes[0].videos == {}

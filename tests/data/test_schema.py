@@ -6,8 +6,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
+from vla_bench.data import schema
+from vla_bench.data.language import Turn
+from vla_bench.data.layout import Layout
 from vla_bench.data.lerobot import DatasetError, LeRobotDataset, validate
+from vla_bench.data.paths import Folder
+from vla_bench.data.schema import (
+    LARGEST,
+    Info,
+    LayoutEntry,
+    Part,
+    Size,
+    Span,
+    Whole,
+    parse,
+    read_lines,
+    read_metadata_columns,
+    read_object,
+    to_layout,
+)
 
 SEPARATORS = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"]
 
@@ -119,3 +138,160 @@ def test_version_3_1_with_columns_of_language_is_read(make, tmp_path):
     assert validate(root) == []
     dataset = LeRobotDataset(root)
     assert make.level_of(dataset[9]["image"][0]) == 9 and np.allclose(dataset[9]["action"][0], [9, 10, 11])
+
+
+class Entry(Part):
+    """What the tests of this file read."""
+
+    count: Whole
+    size: Size = 0
+    name: str | None = None
+    parts: list[Span] = []
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"count": 3, "size": 2, "name": "a", "more": 1}, None),
+        ({"count": 0, "size": 10**5}, None),
+        ({"count": 10**11}, None),
+        ({}, "here: count is missing"),
+        ({"cuont": 1}, "here: count is missing; did you mean 'cuont'"),
+        ({"size": "a"}, "here: count is missing.* \\(and 1 more\\)"),
+        ({"count": -1}, "here: count is -1, expected greater than or equal to 0"),
+        ({"count": 10**11 + 1}, "here: count is 100000000001, expected less than or equal to 100000000000"),
+        ({"count": 1, "size": 10**5 + 1}, "here: size is 100001"),
+        ({"count": 1.0}, "here: count is 1.0, expected a valid integer"),
+        ({"count": True}, "here: count is True, expected a valid integer"),
+        ({"count": 1, "name": 3}, "here: name is 3, expected a valid string"),
+        ({"count": 1, "name": "x", "size": -1, "parts": 3}, "here: size is -1.* \\(and 1 more\\)"),
+        ({"count": 1, "parts": [{"start": 0, "end": 1}, {"start": 0}]}, r"here: parts\[1\].end is missing"),
+        (
+            {"count": 1, "parts": [{"start": 0, "end": "b"}]},
+            r"here: parts\[0\].end is 'b', expected a valid integer",
+        ),
+        ({"count": "x" * 200}, "here: count is 'x{76}\\.\\.\\., expected"),
+        ([1], r"here: the content is \[1\], expected"),
+    ],
+    ids=str,
+)
+def test_a_tree_is_read_by_its_schema(content, message):
+    if message is None:
+        found = parse(Entry, content, "here")
+        assert found.count == content["count"] and found.size == content.get("size", 0)
+        return
+    with pytest.raises(DatasetError, match=f"^{message}"):
+        parse(Entry, content, "here")
+
+
+def test_numbers_that_are_none_are_refused():
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(DatasetError, match="timestamp is"):
+            parse(Turn, {"role": "user", "timestamp": value}, "here")
+    assert parse(Turn, {"role": "user", "timestamp": 0}, "here").timestamp == 0
+    with pytest.raises(DatasetError, match="timestamp is -0.1"):
+        parse(Turn, {"role": "user", "timestamp": -0.1}, "here")
+
+
+def test_what_is_read_is_not_changed():
+    with pytest.raises(ValidationError):
+        parse(Entry, {"count": 1}, "here").count = 2
+
+
+def test_lines_are_counted_from_1_with_the_empty_ones(tmp_path):
+    folder, path = Folder(tmp_path), tmp_path / "a.jsonl"
+    path.write_text('{"count": 1}\n\n  \n{"count": 2}\n')
+    assert [entry.count for entry in read_lines(folder, path, Entry)] == [1, 2]
+    path.write_text('{"count": 1}\n\n{"count": }\n')
+    with pytest.raises(DatasetError, match="a.jsonl line 3 is not JSON"):
+        read_lines(folder, path, Entry)
+    path.write_text('{"count": 1}\n{"count": "a"}\n')
+    with pytest.raises(DatasetError, match="a.jsonl line 2: count is 'a'"):
+        read_lines(folder, path, Entry)
+    path.write_text('{"count": 1, "size": 2, "count": 3}')
+    with pytest.raises(DatasetError, match="'count' stands twice in one object"):
+        read_object(folder, path, Entry)
+    path.write_bytes(b"\xff")
+    with pytest.raises(DatasetError, match="a.jsonl cannot be read"):
+        read_object(folder, path, Entry)
+    path.write_text("[" * 100_000)
+    with pytest.raises(DatasetError, match="a.jsonl is not JSON"):
+        read_object(folder, path, Entry)
+    with pytest.raises(DatasetError, match="gone.json is missing"):
+        read_object(folder, tmp_path / "gone.json", Entry)
+
+
+@pytest.mark.parametrize("more, fits", [(0, True), (1, False)])
+def test_a_file_has_so_many_bytes_at_most(tmp_path, monkeypatch, more, fits):
+    monkeypatch.setattr(schema, "LARGEST", 20)
+    path = tmp_path / "a.json"
+    path.write_text('{"count": 12345678}'.ljust(20 + more))
+    if fits:
+        assert read_object(Folder(tmp_path), path, Entry).count == 12345678
+        return
+    with pytest.raises(DatasetError, match="a.json has 21 bytes, expected less than 20"):
+        read_object(Folder(tmp_path), path, Entry)
+    assert LARGEST == 2**30
+
+
+COLUMNS = {
+    "number": pa.array([0, 5, 10**11]), "second": pa.array([0.0, 2.5, 1e9]), "text": pa.array(["a", "b", ""]),
+    "stats/number": pa.array([1, 2, 3]),
+}  # fmt: skip
+BAD = {
+    "number": [(pa.array([0, -1, 2]), "row 1 is -1"), (pa.array([0, None, 2]), "row 1 is None"), (pa.array([0.0, 1, 2]), "row 0 is 0.0"), (pa.array([1, 2, 10**11 + 1]), "row 2 is")],
+    "second": [(pa.array([0.0, -0.1, 1]), "row 1 is -0.1"), (pa.array([0.0, float("nan"), 1]), "row 1 is nan"), (pa.array([0.0, 1, 1.1e9]), "row 2 is")],
+    "text": [(pa.array([1, 2, 3]), "row 0 is 1"), (pa.array(["a", None, "b"]), "row 1 is None")],
+}  # fmt: skip
+KINDS = {"number": "whole", "second": "seconds", "text": "text"}
+
+
+def of_table(folder, columns: dict, wanted=KINDS) -> dict:
+    pq.write_table(pa.table(columns), folder / "a.parquet")
+    return read_metadata_columns(Folder(folder), folder / "a.parquet", wanted)
+
+
+def test_columns_of_metadata_are_read_by_their_kind(tmp_path):
+    found = of_table(tmp_path, COLUMNS)
+    assert found == {name: COLUMNS[name].to_pylist() for name in KINDS}
+    assert of_table(tmp_path, COLUMNS, {"text": "text?", "gone": "whole?"}) == {"text": ["a", "b", ""]}
+    with pytest.raises(
+        DatasetError, match="a.parquet: column 'numbr' is missing; did you mean 'number'"
+    ) as error:
+        of_table(tmp_path, COLUMNS, {"numbr": "whole"})
+    assert "stats/" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, place", [(name, place) for name, cases in BAD.items() for place in range(len(cases))]
+)
+def test_a_row_of_another_kind_is_named(tmp_path, name, place):
+    column, message = BAD[name][place]
+    with pytest.raises(DatasetError, match=f"a.parquet: column '{name}' {message}.*, expected"):
+        of_table(tmp_path, COLUMNS | {name: column})
+
+
+def test_a_layout_in_a_file_is_every_field_of_it():
+    entry = LayoutEntry(
+        names=["a", "b"], kind="delta", frame="base", units="m", rotation="euler_xyz", gripper="unknown"
+    )
+    assert to_layout(entry, "here") == Layout(("a", "b"), "delta", "base", "m", "euler_xyz", "unknown")
+    assert to_layout(LayoutEntry(names=["a"]), "here") == Layout(("a",))
+    with pytest.raises(DatasetError, match="^here: layout kind is 'detla'"):
+        to_layout(LayoutEntry(names=["a"], kind="detla"), "here")
+    with pytest.raises(DatasetError, match="^here: a layout names each dimension once"):
+        to_layout(LayoutEntry(names=["a", "a"]), "here")
+
+
+@pytest.mark.parametrize(
+    "field, good, bad",
+    [("fps", (0.001, 30, 10_000), (0, 0.0009, 10_001, -1)), ("chunks_size", (1, 10**9), (0, 10**9 + 1)), ("total_frames", (0, None), (-1, 1.5))],
+)  # fmt: skip
+def test_numbers_of_info_json_lie_in_a_range(field, good, bad):
+    plain = {"codebase_version": "v2.1", "fps": 10, "features": {}, "data_path": "a"}
+    for value in good:
+        assert vars(parse(Info, plain | {field: value}, "here"))[field] == value
+    for value in bad:
+        with pytest.raises(DatasetError, match=f"here: {field} is {value}"):
+            parse(Info, plain | {field: value}, "here")
+    assert parse(Info, plain, "here").chunks_size == 1000 and parse(Info, plain, "here").video_path is None

@@ -1,6 +1,7 @@
 """All numbers of the episodes, and a damaged one named where it is."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from vla_bench.data import table
 from vla_bench.data.lerobot import DatasetError, LeRobotDataset, validate
-from vla_bench.data.lerobot_files import read_files
+from vla_bench.data.lerobot_files import Episode, read_files
 from vla_bench.data.table import read_table
 
 NAN, INF = float("nan"), float("inf")
@@ -165,6 +166,86 @@ def test_a_damaged_file_among_many_is_named(make, tmp_path):
         LeRobotDataset(root)
 
 
+@pytest.mark.parametrize("frame", [10, 12, 14])
+@pytest.mark.parametrize("horizon", [1, 3, 9])
+def test_a_chunk_is_clamped_to_its_episode(frame, horizon):
+    rows, is_pad = table.window(frame, 15, horizon)
+    assert rows.tolist() == [min(frame + step, 14) for step in range(horizon)]
+    assert is_pad.tolist() == [frame + step > 14 for step in range(horizon)]
+
+
+@pytest.mark.parametrize(
+    "numbers, expected",
+    [([], {}), ([4], {4: (0, 1)}), ([4, 4, 2, 2, 2, 9], {4: (0, 2), 2: (2, 5), 9: (5, 6)}), ([0, 1], {0: (0, 1), 1: (1, 2)})],
+)  # fmt: skip
+def test_runs_of_episodes_in_a_file(numbers, expected):
+    assert table.runs("a.parquet", np.array(numbers, int)) == expected
+
+
+def test_an_episode_that_stands_in_two_places_is_named():
+    with pytest.raises(DatasetError, match="a.parquet: the rows of episode 2 do not stand together"):
+        table.runs("a.parquet", np.array([4, 2, 4, 2, 2, 2, 7, 2]))
+
+
+@pytest.mark.parametrize(
+    "length, where, message",
+    [
+        (3, (2, 5), None),
+        (0, None, "episode 1 holds no frames; take it out of the metadata"),
+        (0, (2, 2), "episode 1 holds no frames"),
+        (3, None, "episode 1 has 0 rows, its metadata say 3"),
+        (3, (2, 6), "episode 1 has 4 rows, its metadata say 3"),
+    ],
+)
+def test_the_rows_of_an_episode_are_as_many_as_it_says(length, where, message):
+    episode = Episode(1, length, "a.parquet", {})
+    if message is None:
+        assert table.check_episode_rows(episode, where) == where
+        return
+    with pytest.raises(DatasetError, match=f"^a.parquet: {message}"):
+        table.check_episode_rows(episode, where)
+
+
+@pytest.mark.parametrize("count", [31, 32, 40])
+def test_many_files_are_read_like_few(make, tmp_path, count):
+    lengths = [1 + episode % 3 for episode in range(count)]
+    features = {"action": make.vector(1)}
+    root = make.v21(tmp_path / "ds", lengths=lengths, features=features, extra={"action": make.counting(1)})
+    found = read_table(read_files(root), "action", None)
+    assert found.columns["action"][:, 0].tolist() == list(range(sum(lengths)))
+    assert found.columns["episode_index"].tolist() == np.repeat(np.arange(count), lengths).tolist()
+    assert found.first_rows == dict.fromkeys(range(count), 0) and found.state_layout is None
+    assert set(found.columns) == {"action", "timestamp", "frame_index", "episode_index", "task_index"}
+
+
+def test_a_sample_is_located_in_any_order_of_episodes(make, tmp_path):
+    files = read_files(make.v21(tmp_path / "ds", lengths=(3, 1, 4)))
+    chosen = table.choose_episodes(files, [2, 0])
+    assert chosen.starts.tolist() == [0, 4, 7] and chosen.rows.tolist() == [4, 5, 6, 7, 0, 1, 2]
+    assert [(e.index, frame, row) for e, frame, row in map(chosen.locate, range(7))] == [
+        (2, 0, 4), (2, 1, 5), (2, 2, 6), (2, 3, 7), (0, 0, 0), (0, 1, 1), (0, 2, 2)
+    ]  # fmt: skip
+    whole = table.choose_episodes(files, None)
+    assert whole.starts.tolist() == [0, 3, 4, 8] and whole.rows.tolist() == list(range(8))
+    none = table.choose_episodes(files, [])
+    assert none.starts.tolist() == [0] and none.rows.tolist() == [] and none.episodes == []
+    with pytest.raises(DatasetError, match="ds: no episode 3; it has 3"):
+        table.choose_episodes(files, [0, 3])
+    assert [e.index for e in table.only(files, [2, 0]).episodes] == [0, 2] and table.only(
+        files, None
+    ) is files
+    with pytest.raises(DatasetError, match="no episode 7"):
+        table.only(files, [7])
+
+
+def test_columns_of_another_width_than_declared_are_named(make, tmp_path):
+    features = make.PLAIN | {"action": make.vector(2)}
+    with pytest.raises(
+        DatasetError, match="episode_000000.parquet: 'action' has 3 numbers per row, info.json says 2"
+    ):
+        LeRobotDataset(make.v21(tmp_path / "ds", features=features))
+
+
 def rewrite(path, change):
     rows = pq.read_table(path)
     pq.write_table(change(rows), path)
@@ -217,3 +298,24 @@ def test_one_of_many_files_that_is_damaged_is_named(make, tmp_path, change, mess
     with pytest.raises(DatasetError) as error:
         read_table(read_files(root), "action", None)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["action", "observation.state"])
+@pytest.mark.parametrize("value", [1e39, -1e308])
+@pytest.mark.parametrize("write", ["v21", "v30"])
+def test_a_number_that_float32_cannot_hold_is_named(make, tmp_path, key, value, write):
+    extra = {name: make.counting(3) for name in ("action", "observation.state")}
+    extra[key] = lambda row: [0.0, value if row == 7 else 1.0, 2.0]
+    root = getattr(make, write)(tmp_path / "arm", extra=extra)
+    found = re.escape(f"episode 1 frame 1: {key}[1] is {value}")
+    with pytest.raises(DatasetError, match=found):
+        LeRobotDataset(root)
+    assert re.search(found, validate(root)[0])
+
+
+@pytest.mark.parametrize("episodes", [[], (), np.array([], int)])
+def test_no_episodes_at_all_is_an_error(make, tmp_path, episodes):
+    root = make.v21(tmp_path / "arm")
+    with pytest.raises(DatasetError, match="no episodes are asked for"):
+        LeRobotDataset(root, episodes=episodes)
+    assert "no episodes are asked for" in validate(root, episodes=episodes)[0]

@@ -71,3 +71,14 @@ class FaultyPoint(PointReach):
         self.__dict__.update(state)
         if self.where == "start":
             self.fail(self.task, self.seeds[0])
+
+
+class ClosingPoint(PointReach):
+    """Leaves a file when it is closed."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def close(self):
+        Path(self.path).touch()

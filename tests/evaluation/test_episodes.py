@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +14,7 @@ from PIL import Image
 
 from vla_bench.benchmarks.benchmark import Benchmark, BenchmarkSpec, Environment, Step
 from vla_bench.data.layout import Layout, PolicySpec
+from vla_bench.evaluation import rollout as rollout_module
 from vla_bench.evaluation.rollout import (
     EvaluationSettings,
     Recording,
@@ -19,6 +23,7 @@ from vla_bench.evaluation.rollout import (
     read_episodes,
     run_episode,
 )
+from vla_bench.evaluation.workers import LocalWorker
 
 HORIZON, LIMIT, FIRST_SEED = 4, 8, 7
 # at which step an episode succeeds: inside the second chunk of three, never, at once, and with the last step allowed
@@ -32,6 +37,20 @@ def image_at(camera, seed, steps):
     """Every pixel is another one: by camera, scene, step, row, column and colour."""
     ramp = np.arange(4 * 6 * 3).reshape(4, 6, 3)
     return (100 * camera + 10 * (seed - FIRST_SEED) + steps + 1 + ramp).astype(np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def patience():
+    """An evaluation that does not end fails after half a minute; each here takes less than a second."""
+
+    def late(*_):
+        raise TimeoutError("this evaluation does not end")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 class TapeEpisode(Environment):
@@ -253,6 +272,13 @@ def test_a_frame_has_the_attention_that_was_in_force(recorded):
     assert recorded.words == ["do", "it"]
 
 
+def test_a_recording_that_hides_a_pickle_is_not_read(run, tmp_path):
+    recording, _ = run.kept[0]
+    np.savez(tmp_path / "odd.npz", **{**vars(recording), "words": np.array([{"a": 1}], object)})
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        Recording.load(tmp_path / "odd.npz")
+
+
 def test_without_attention_a_recording_has_none(tmp_path):
     recording, _ = Run(tmp_path, videos_per_task=1).kept[0]
     assert recording.attention.size == recording.word_attention.size == 0 and recording.words == []
@@ -348,3 +374,212 @@ def test_one_episode_alone_may_be_shorter_and_unrecorded():
         Counting(tape.spec), tape, "zeta", 7, replace(SETTINGS, max_steps=4), record=False
     )
     assert (record["steps"], record["success"], recording) == (4, False, None)
+
+
+# --- the bookkeeping of an evaluation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "num_envs, episodes, opened",
+    [(1, 2, 1), (3, 2, 3), (9, 2, 4), (4, 1, 2)],  # two tasks
+)
+def test_no_more_simulators_are_opened_than_there_are_episodes(
+    num_envs, episodes, opened, tmp_path, monkeypatch
+):
+    asked = []
+
+    def workers(benchmark, count, seconds):
+        asked.append((count, seconds))
+        return [LocalWorker(benchmark)]
+
+    monkeypatch.setattr(rollout_module, "open_workers", workers)
+    Run(tmp_path, num_envs=num_envs, episodes=episodes, step_timeout_s=7.0)
+    Run(tmp_path, num_envs=num_envs, episodes=episodes, step_timeout_s=7.0)  # nothing is left to do
+    assert asked == [(opened, 7.0), (1, 7.0)]
+
+
+def test_progress_tells_episodes_and_successes_also_of_a_continued_evaluation(tmp_path, capsys):
+    """The bar begins where the evaluation was left, and counts the successes of its own episodes."""
+    Run(tmp_path, tasks=["alpha"])
+    capsys.readouterr()
+    tape = Tape()
+    evaluate(Counting(tape.spec), tape, SETTINGS, tmp_path)
+    last = capsys.readouterr().err.replace("\r", "\n").rstrip().splitlines()[-1]
+    assert "4/4" in last and "1 successes" in last and "episode" in last
+
+
+def test_without_progress_nothing_is_shown(tmp_path, capsys):
+    Run(tmp_path)
+    assert capsys.readouterr() == ("", "")
+
+
+class Tired(Counting):
+    """Fails in its n-th prediction."""
+
+    limit = 2
+
+    def predict(self, observation, *, seed):
+        if len(self.shown) == self.limit:
+            raise RuntimeError("tired")
+        return super().predict(observation, seed=seed)
+
+
+def test_an_interrupted_evaluation_says_how_far_it_came(tmp_path):
+    tape = Tape()
+    policy = Counting(tape.spec)
+
+    def predict(observation, *, seed, predict=policy.predict):
+        if len(policy.shown) == 6:
+            raise KeyboardInterrupt
+        return predict(observation, seed=seed)
+
+    policy.predict = predict
+    with pytest.raises(
+        KeyboardInterrupt, match="^interrupted: 3 of 4 episodes are finished and kept; run it again"
+    ):
+        evaluate(policy, tape, SETTINGS, tmp_path, show_progress=False)
+    assert tape.done[-1] == ("close",) and len(read_episodes(tmp_path / "episodes.jsonl")) == 3
+
+
+def test_a_simulator_is_closed_when_the_policy_fails(tmp_path):
+    for call in (
+        lambda policy, tape: run_episode(policy, tape, "zeta", 8, SETTINGS),
+        lambda policy, tape: evaluate(policy, tape, SETTINGS, tmp_path, show_progress=False),
+    ):
+        tape = Tape()
+        with pytest.raises(RuntimeError, match="tired"):
+            call(Tired(tape.spec), tape)
+        assert tape.done[-1] == ("close",)
+        assert [what for what, *_ in tape.done].count("make") == [what for what, *_ in tape.done].count(
+            "close"
+        )
+
+
+def with_errors(out, *places):
+    """An evaluation whose log says that some episodes ended in an error."""
+    run = Run(out)
+    lines = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
+    for place in places:
+        lines[place] |= {"error": "the simulator hung", "success": False}
+    (out / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def test_errors_are_out_of_the_file_before_their_episodes_are_tried_anew(tmp_path):
+    """So that an evaluation that is interrupted again leaves no episode twice."""
+    whole = with_errors(tmp_path, 0, 2)
+    tape = Tape()
+    policy = Tired(tape.spec)
+    policy.limit = 0
+    with pytest.raises(RuntimeError, match="tired"):
+        evaluate(policy, tape, SETTINGS, tmp_path, show_progress=False)
+    left = read_episodes(tmp_path / "episodes.jsonl")
+    assert left == [whole.records[1], whole.records[3]]
+    again = Run(tmp_path)
+    assert again.made() == [("zeta", 7), ("alpha", 7)] and len(again.records) == 4
+    assert not any("error" in record for record in again.records) and again.summary == whole.summary
+
+
+def test_an_error_that_is_not_asked_for_stays_as_it_is(tmp_path):
+    with_errors(tmp_path, 0, 3)
+    part = Run(tmp_path, tasks=["alpha"], episodes=1)
+    assert part.made() == [] and sorted(part.column("task", "episode")) == [
+        ("alpha", 0), ("alpha", 1), ("zeta", 0), ("zeta", 1)
+    ]  # fmt: skip
+    assert sum("error" in record for record in part.records) == 2
+
+
+@pytest.mark.parametrize("deep", ["a", "a/b/c"])
+def test_the_folder_of_the_results_is_made(tmp_path, deep):
+    run = Run(tmp_path / deep, videos_per_task=1)
+    assert {path.name for path in run.out.iterdir()} >= {
+        "episodes.jsonl", "summary.json", "fingerprint.json", "videos"
+    }  # fmt: skip
+    assert json.loads((run.out / "fingerprint.json").read_text()) == run.summary["fingerprint"]
+
+
+def test_the_folder_of_the_results_is_held_while_it_is_written(tmp_path):
+    """Another process that evaluates into it is refused; afterwards it may."""
+    tape = Tape()
+    policy = Counting(tape.spec)
+    ask = "import sys; from vla_bench.files import check_not_in_use; check_not_in_use(sys.argv[1])"
+    ended = []
+
+    def predict(observation, *, seed, predict=policy.predict):
+        if not ended:
+            ended.append(
+                subprocess.run(
+                    [sys.executable, "-c", ask, str(tmp_path / "out")], capture_output=True, text=True
+                )
+            )
+        return predict(observation, seed=seed)
+
+    policy.predict = predict
+    evaluate(policy, tape, SETTINGS, tmp_path / "out", show_progress=False)
+    assert ended[0].returncode == 1 and "FolderInUseError" in ended[0].stderr
+    assert subprocess.run([sys.executable, "-c", ask, str(tmp_path / "out")]).returncode == 0
+
+
+def test_episodes_without_a_fingerprint_are_not_continued(tmp_path):
+    Run(tmp_path)
+    (tmp_path / "fingerprint.json").unlink()
+    with pytest.raises(ValueError, match="episodes.jsonl has no fingerprint.json beside it"):
+        Run(tmp_path)
+
+
+def test_an_episode_that_stands_twice_is_named_with_both_lines(tmp_path):
+    Run(tmp_path)
+    path = tmp_path / "episodes.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, lines[1]]))
+    with pytest.raises(ValueError, match="line 5: episode 1 of 'zeta' stands in line 2 already"):
+        read_episodes(path)
+    with pytest.raises(ValueError, match="line 5"):
+        Run(tmp_path)
+
+
+@pytest.mark.parametrize("mend", [False, True])
+def test_half_a_line_is_cut_off_the_file_by_those_only_who_go_on_with_it(tmp_path, mend):
+    Run(tmp_path)
+    path = tmp_path / "episodes.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"task": "ze')
+    if mend:
+        assert len(read_episodes(path, mend=True)) == 4 and path.read_bytes() == whole
+    else:
+        assert len(read_episodes(path)) == 4 and path.read_bytes() == whole + b'{"task": "ze'
+
+
+def test_one_episode_alone_is_of_the_default_settings_and_fits_them():
+    tape = Tape()
+    with pytest.raises(ValueError, match="n_action_steps is 6, but the policy's horizon is 4"):
+        run_episode(Counting(tape.spec), tape, "zeta", 7)
+    with pytest.raises(ValueError, match="max_steps is 9, but tape was built with max_steps=8"):
+        run_episode(Counting(tape.spec), tape, "zeta", 7, replace(SETTINGS, max_steps=9))
+    assert tape.done == []
+    policy = Counting(tape.spec)
+    policy.spec = replace(policy.spec, horizon=6)
+    policy.predict = lambda observation, *, seed: np.zeros((6, 3))
+    record, recording = run_episode(policy, tape, "zeta", 8)
+    assert (record["episode"], record["steps"], record["predictions"]) == (0, 8, 2) and len(
+        recording.frames
+    ) == 9
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_any_number_of_simulators_gives_the_same_log(count, tmp_path, run, monkeypatch):
+    """Whichever answers first: here always the last one."""
+    monkeypatch.setattr(
+        rollout_module,
+        "open_workers",
+        lambda benchmark, _, seconds: [LocalWorker(benchmark) for _ in range(count)],
+    )
+    monkeypatch.setattr(rollout_module, "ready", lambda workers: workers[-1:])
+    other = Run(tmp_path, num_envs=count, videos_per_task=1)
+    assert [dict(each, actions="") for each in other.records] == [
+        dict(each, actions="") for each in run.records
+    ]
+    assert other.summary == run.summary and sorted(path.name for _, path in other.kept) == [
+        "alpha_0.npz",
+        "zeta_0.npz",
+    ]

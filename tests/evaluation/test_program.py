@@ -8,6 +8,7 @@ import pytest
 
 from vla_bench.config import ConfigError, load_config
 from vla_bench.evaluation.program import evaluate_run, main, run_folder
+from vla_bench.serving.policy import Policy
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "version_0_1"
 SHORT = ["evaluation.episodes=1", "--evaluation.max_steps", "3", "evaluation.tasks=[reach-blue]"]
@@ -69,3 +70,33 @@ def test_an_error_is_one_line_and_exit_status_two(tmp_path, capsys):
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and "nowhere" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "words, asked",
+    [
+        ([], {"dataset": None, "verify": False}),
+        (["--verify"], {"dataset": None, "verify": True}),
+        (["--dataset", "second"], {"dataset": "second", "verify": False}),
+    ],
+)
+def test_each_option_reaches_the_policy_that_is_loaded(words, asked, run, monkeypatch, capsys):
+    seen, load = [], Policy.from_pretrained
+    monkeypatch.setattr(
+        Policy, "from_pretrained", lambda folder, **more: seen.append((folder, more)) or load(folder)
+    )
+    main(["--run", str(run), *words, *SHORT])
+    assert seen == [(run, asked)] and "reach-blue" in capsys.readouterr().out
+
+
+def test_what_is_not_said_loads_the_first_robot_and_shows_progress(run, monkeypatch, capsys):
+    seen, load = [], Policy.from_pretrained
+    monkeypatch.setattr(Policy, "from_pretrained", lambda folder, **more: seen.append(more) or load(folder))
+    evaluate_run(run, SHORT)
+    assert seen == [{"dataset": None, "verify": False}] and "episode" in capsys.readouterr().err
+
+
+def test_a_run_has_to_be_named(capsys):
+    with pytest.raises(SystemExit):
+        main([])
+    assert "--config_yaml/--run" in capsys.readouterr().err

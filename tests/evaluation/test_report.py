@@ -1,11 +1,28 @@
 """A report says what the files say: each number, and which file is wrong where two do not agree."""
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from vla_bench.evaluation.report import load_evaluations, main, report_text, success_rows, success_table
+from vla_bench.data.layout import spec_to_dict
+from vla_bench.evaluation.report import (
+    load_evaluations,
+    main,
+    report_text,
+    success_rows,
+    success_table,
+    verify_text,
+)
 from vla_bench.evaluation.statistics import summarize, wilson_interval
+from vla_bench.files import write_manifest
+from vla_bench.serving.policy import Policy
+from vla_bench.training.checkpoint import read_spec
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "version_0_1"
 
 # not as many of one task as of the other, and tasks not in the order of the alphabet
 OUTCOMES = {"push": (True, False, True), "lift": (False,)}
@@ -165,3 +182,96 @@ def test_the_program_refuses_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path)])
     assert capsys.readouterr().err.startswith("error: no evaluation in ")
+
+
+# --- whether the results are those of the checkpoint that is there ----------------------------------------------------
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A run of version 0.1 with its checkpoint and its evaluation."""
+    return shutil.copytree(FIXTURES / "runs" / "llava", tmp_path / "llava")
+
+
+@pytest.fixture
+def step(trained):
+    """The newest checkpoint, with a manifest."""
+    (checkpoint,) = (trained / "checkpoints").iterdir()
+    write_manifest(checkpoint)
+    return checkpoint
+
+
+@pytest.mark.parametrize("place", [".", "eval/point"])
+def test_results_of_the_newest_checkpoint_are_verified(trained, step, place, capsys):
+    line = f"point: episodes of {step.name}, every byte is as it was saved"
+    assert verify_text(trained / place) == line
+    main([str(trained / place), "--verify"])
+    assert capsys.readouterr().out == f"{report_text(trained / place)}\n{line}\n"
+
+
+def test_a_checkpoint_without_a_manifest_says_so(trained):
+    assert verify_text(trained) == "point: episodes of step_000003, it has no manifest to compare with"
+
+
+@pytest.mark.parametrize("place", [".", "eval/point"])
+def test_results_of_another_policy_are_found(trained, step, place):
+    (trained / "eval/point/fingerprint.json").write_text(json.dumps({"policy": "0123456789abcdef"}))
+    named = f"eval/point holds episodes of the policy 0123456789abcdef, .*{step.name} is 890b98089d95d9e1: "
+    with pytest.raises(ValueError, match=named):
+        verify_text(trained / place)
+
+
+def test_each_evaluation_is_verified_and_the_one_of_another_policy_named(trained, step):
+    for name in ("second", "another"):
+        shutil.copytree(trained / "eval/point", trained / "eval" / name)
+    assert verify_text(trained).splitlines() == [
+        f"{name}: episodes of {step.name}, every byte is as it was saved"
+        for name in ("another", "point", "second")
+    ]
+    (trained / "eval/second/fingerprint.json").write_text(json.dumps({"policy": "0" * 16}))
+    with pytest.raises(ValueError, match="eval/second holds episodes of the policy 0000000000000000"):
+        verify_text(trained)
+
+
+def test_a_checkpoint_that_was_changed_is_found(trained, step):
+    weights = step / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="model.safetensors"):
+        verify_text(trained)
+
+
+def test_of_several_robots_each_ones_results_are_its_own(trained, step, monkeypatch):
+    spec = read_spec(step)
+    (trained / "policies").mkdir()
+    for robot in (spec, replace(spec, control_rate=7.0, dataset="second")):
+        (trained / "policies" / f"{robot.dataset}.json").write_text(json.dumps(spec_to_dict(robot)))
+    fingerprints, asked = {spec.dataset: "1" * 16, "second": "2" * 16}, []
+
+    def load(folder, *, dataset, verify):
+        asked.append((folder, dataset, verify))
+        return SimpleNamespace(fingerprint=fingerprints[dataset])
+
+    monkeypatch.setattr(Policy, "from_pretrained", load)
+    evaluated = trained / "eval/point/fingerprint.json"
+    for fingerprint in fingerprints.values():
+        evaluated.write_text(json.dumps({"policy": fingerprint}))
+        assert verify_text(trained).startswith(f"point: episodes of {step.name}")
+    robots = sorted(fingerprints)
+    assert asked == [(step, robot, True) for robot in robots] * 2
+    evaluated.write_text(json.dumps({"policy": "0" * 16}))
+    with pytest.raises(ValueError, match=" or ".join(fingerprints[robot] for robot in robots)):
+        verify_text(trained)
+
+
+@pytest.mark.parametrize("errors", [0, 1])
+def test_a_summary_counts_episodes_without_an_outcome_too(tmp_path, errors):
+    hung = {"task": "push", "episode": 3, "success": False, "steps": 7, "error": "it hung"}
+    records = [*RECORDS, hung]
+    folder = write(tmp_path / "eval" / "sim", records[: 4 + errors], summary(records))
+    if errors:
+        assert load_evaluations(folder)["sim"]["errors"] == 1
+        return
+    with pytest.raises(ValueError, match="sums up 5 episodes, .*episodes.jsonl holds 4"):
+        load_evaluations(folder)

@@ -1,6 +1,6 @@
 """The section `evaluation` of a configuration, in every spelling that is in use."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -133,3 +133,39 @@ def test_settings_up_to_the_limits_fit(horizon, settings):
 def test_settings_beyond_the_limits_are_refused(horizon, settings, named):
     with pytest.raises(ValueError, match=named):
         check_settings(fitting(horizon), LIMITS, EvaluationSettings(benchmark="point", **settings))
+
+
+@pytest.mark.parametrize(
+    "steps, stride, n_action_steps, fits",
+    [(1, 1, 3, True), (2, 3, 3, True), (2, 3, 2, False), (2, 3, 4, False), (3, 1, 1, True), (3, 1, 2, False)],
+)
+def test_a_policy_that_sees_several_observations_looks_as_often_as_they_are_apart(
+    steps, stride, n_action_steps, fits
+):
+    spec = replace(fitting(6), observation_steps=steps, observation_stride=stride)
+    settings = EvaluationSettings(benchmark="point", n_action_steps=n_action_steps)
+    if fits:
+        check_settings(spec, LIMITS, settings)
+        return
+    with pytest.raises(
+        ValueError, match=f"that are {stride} steps apart.*set evaluation.n_action_steps to {stride}"
+    ):
+        check_settings(spec, LIMITS, settings)
+
+
+def test_cameras_of_different_sizes_are_refused_and_of_one_size_are_not(monkeypatch):
+    built = []
+    monkeypatch.setattr(BENCHMARKS, "build", lambda section, **more: built.append(more["image_size"]))
+    spec = PointReach().spec
+    policy = PolicySpec(spec.action, spec.state, ("left", "right"), (48, 64), 6, 10.0, {}, "none", "none")
+    for sizes in (((48, 64), (48, 63)), ((48, 64), (64, 48)), ((48, 64), (32, 32))):
+        with pytest.raises(ValueError, match="the policy's cameras have different sizes"):
+            build_benchmark(EvaluationSettings(benchmark="point"), replace(policy, image_size=sizes))
+    build_benchmark(EvaluationSettings(benchmark="point"), policy)
+    assert built == [(48, 64)]
+
+
+def test_a_list_of_tasks_is_each_settings_own():
+    first = EvaluationSettings()
+    first.tasks.append("reach-red")
+    assert EvaluationSettings().tasks == []

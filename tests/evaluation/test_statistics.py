@@ -82,3 +82,39 @@ def test_the_mean_length_is_that_of_the_successes():
 )
 def test_an_interval_has_the_confidence_that_was_asked_for(confidence, low, high):
     assert wilson_interval(5, 10, confidence) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize("successes, episodes", [(-1, 3), (4, 3), (0, 0), (1, 0), (-1, -1), (0, -1)])
+def test_what_is_no_rate_is_refused(successes, episodes):
+    with pytest.raises(ValueError, match=f"{successes} successes in {episodes} episodes is no success rate"):
+        wilson_interval(successes, episodes)
+    assert wilson_interval(0, 1) == pytest.approx((0.0, 0.7935), abs=1e-4)
+    assert wilson_interval(1, 1) == pytest.approx((0.2065, 1.0), abs=1e-4)
+
+
+def test_without_any_episode_there_is_no_summary():
+    for summed in (success_rate, summarize):
+        with pytest.raises(ValueError, match="0 successes in 0 episodes"):
+            summed([])
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_of_errors_alone_nothing_is_known(lost):
+    found = summarize([HUNG | {"task": "a"}] * lost)
+    rate = {
+        "success_rate": None,
+        "confidence_interval": [0.0, 1.0],
+        "successes": 0,
+        "episodes": 0,
+        "mean_steps": None,
+    }
+    assert found == rate | {
+        "errors": lost,
+        "mean_over_tasks": None,
+        "per_task": {"a": rate | {"errors": lost}},
+    }
+
+
+def test_tasks_keep_the_order_in_which_they_come():
+    records = [{"task": task, "success": True, "steps": 1} for task in ("z", "a", "z", "m")]
+    assert list(summarize(records)["per_task"]) == ["z", "a", "m"]

@@ -14,12 +14,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from vla_bench.data.action_modes import encoding_to_dict, make_encoding
 from vla_bench.data.layout import Layout, PolicySpec, spec_from_dict, spec_to_dict
 from vla_bench.data.normalize import Normalizer, Statistics, save_statistics, statistics_hash
+from vla_bench.data.parts import Part, parts_layout
 from vla_bench.files import write_manifest
 from vla_bench.models.attention_map import AttentionMap
 from vla_bench.serving import policy as policy_module
-from vla_bench.serving.policy import Policy, load_normalizers, robot_spec
+from vla_bench.serving.policy import Policy, check_predicted, load_normalizers, robot_spec
 from vla_bench.training.checkpoint import read_spec
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "version_0_1"
@@ -184,7 +186,7 @@ def test_weights_of_another_size_are_refused(name, value):
 @pytest.mark.parametrize("count", [1, 3])
 def test_an_image_too_few_or_too_many_is_refused(echo, count):
     with pytest.raises(
-        ValueError, match=f"has {count} images, the policy sees 2 cameras in this order: left, right"
+        ValueError, match=f"has {count} images, the policy sees 2 cameras in this order: left, right; render"
     ):
         echo.predict({**SEEN, "image": (SEEN["image"] * 2)[:count]}, seed=0)
 
@@ -539,3 +541,217 @@ def test_the_robot_that_is_asked_for_reaches_the_policy(run, monkeypatch, capsys
     policy_module.main([str(run), "--dataset", "third"])
     policy_module.main([str(run)])
     assert asked == ["second", "third", None]
+
+
+# Two features together, each of which alone is tested above.
+
+
+@pytest.mark.parametrize("mode", ["absolute", "relative", "delta"])
+def test_actions_measured_from_the_state_begin_at_the_present_one_of_several_in_a_wider_model(mode):
+    """An encoding × several observations × a model that is wider than the robot × a prompt of its own."""
+    parts = [Part("place", ("x", "y"), "position"), Part("grip", ("g",), "gripper", gripper="positive_opens")]
+    encoding = make_encoding(parts, parts, {"place": mode})
+    layout = parts_layout(parts)
+    spec = replace(
+        SPEC,
+        action=layout,
+        state=layout,
+        encoding=encoding_to_dict(encoding),
+        observation_steps=2,
+        prompt="robot, {lang} now",
+        normalization={"action": "identity", "state": "identity"},
+        widths=(5, 9, 5),  # and of a camera more
+    )
+    network, raw = Echo(), np.arange(25, dtype=np.float32).reshape(1, 5, 5) / 10
+    network.action_dim, network.state_dim = 5, 9
+    network.predict_action = lambda examples, *, generator: (
+        network.seen.append(examples) or {"normalized_actions": raw}
+    )
+    policy = Policy(network, spec, {})
+    state = [3.0, 15.0, 0.1, 1.0, 25.0, 0.2]  # what was, and what is
+    images = [image for image in SEEN["image"] for _ in range(2)]
+    found = policy.predict({"image": images, "lang": "go", "state": state}, seed=0)
+    place = {"absolute": raw[0, :, :2], "relative": [1, 25] + raw[0, :, :2]}
+    place["delta"] = [1, 25] + np.cumsum(raw[0, :, :2], axis=0)
+    np.testing.assert_allclose(found, np.column_stack([place[mode], raw[0, :, 2]]), rtol=1e-5)
+    (sample,) = network.seen[0]
+    assert sample["lang"] == "robot, go now" and len(sample["image"]) == 5
+    np.testing.assert_allclose(sample["state"], [*state, 0, 0, 0], rtol=1e-6)
+    assert sample["action_mask"].tolist() == [True] * 3 + [False] * 2
+    assert sample["image_mask"].tolist() == [True] * 4 + [False]
+
+
+def test_images_are_transformed_as_in_evaluation_before_the_network_sees_them(echo):
+    """Of two cameras with different sizes; the crop is the middle, and the resize comes after it."""
+    transforms = [
+        {"type": "crop", "fraction": 0.5, "filter": "nearest"},
+        {"type": "resize", "height": 8, "width": 3, "filter": "nearest"},
+    ]
+    spec = replace(SPEC, image_transforms=transforms, image_size=((4, 8), (8, 4)))
+    policy = Policy(echo.framework, spec, echo.normalizers)
+    pixels = [np.arange(96, dtype=np.uint8).reshape(shape) for shape in ((4, 8, 3), (8, 4, 3))]
+    images = [Image.fromarray(each) for each in pixels]
+    policy.predict({**SEEN, "image": images}, seed=0)
+    policy.attention({**SEEN, "image": images})
+    whole = [
+        each.resize(
+            each.size,
+            Image.Resampling.NEAREST,
+            box=(each.width / 4, each.height / 4, 0.75 * each.width, 0.75 * each.height),
+        )
+        for each in images
+    ]
+    expected = [np.asarray(each.resize((3, 8), Image.Resampling.NEAREST)) for each in whole]
+    for sample in (echo.framework.seen[0][0][0], echo.framework.seen[1][0]):
+        for image, right in zip(sample["image"], expected, strict=True):
+            np.testing.assert_array_equal(np.asarray(image), right)
+    with pytest.raises(ValueError, match=r"'right' is \(8, 4\) \(width, height\), expected \(4, 8\)"):
+        policy.predict({**SEEN, "image": [images[0], images[0]]}, seed=0)
+
+
+# What an observation must be, in each direction.
+
+
+@pytest.mark.parametrize("size", [(5, 4), (7, 4), (6, 3), (6, 5), (4, 6)])
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_image_of_another_size_is_refused_whichever_way_it_differs(echo, size, place):
+    images = list(SEEN["image"])
+    images[place] = Image.new("RGB", size)
+    named = f"'{SPEC.cameras[place]}' is \\({size[0]}, {size[1]}\\) \\(width, height\\), expected \\(6, 4\\)"
+    with pytest.raises(ValueError, match=named):
+        echo.predict({**SEEN, "image": images}, seed=0)
+    assert echo.framework.seen == []
+
+
+@pytest.mark.parametrize(
+    "state, named",
+    [
+        (None, "has no 'state'; the policy reads x, y"),
+        ([1.0], r"'state' has the shape \[1\], expected \[2\]: x, y"),
+        ([1.0, 2.0, 3.0], r"'state' has the shape \[3\], expected \[2\]: x, y"),
+        ([[1.0, 2.0]], r"'state' has the shape \[1, 2\], expected \[2\]: x, y"),
+        (["1", "b"], "could not convert"),
+    ],
+)
+@pytest.mark.parametrize("what", ["predict", "attention"])
+def test_a_state_that_does_not_fit_is_refused(echo, state, named, what):
+    call = {"predict": lambda seen: echo.predict(seen, seed=0), "attention": echo.attention}[what]
+    with pytest.raises(ValueError, match=named):
+        call({**SEEN, "state": state})
+    assert echo.framework.seen == []
+
+
+@pytest.mark.parametrize("change", [{}, {"lang": ""}, {"lang": " "}, {"lang": 7}, {"lang": None}], ids=str)
+@pytest.mark.parametrize("prompt", ["{lang}", "robot, {lang} now"])
+def test_an_observation_without_an_instruction_is_refused(echo, change, prompt):
+    """Whatever the prompt puts around it."""
+    policy = Policy(echo.framework, replace(SPEC, prompt=prompt), echo.normalizers)
+    with pytest.raises(ValueError, match="observation: 'lang' must be a non-empty instruction"):
+        policy.predict({name: SEEN[name] for name in ("image", "state")} | change, seed=0)
+    assert echo.framework.seen == []
+
+
+@pytest.mark.parametrize("name, value", [("action_dim", 2), ("state_dim", 1), ("horizon", 4)])
+def test_weights_that_are_too_small_are_refused(name, value):
+    network = Echo()
+    setattr(network, name, value)
+    with pytest.raises(ValueError, match=r"= \(3, 2, 5\), the weights have \(.*" + str(value)):
+        Policy(network, SPEC, {})
+
+
+def test_the_first_step_that_is_not_finite_is_named():
+    chunk = np.zeros((1, 5, 3), np.float32)
+    chunk[0, 2, 1], chunk[0, 4, 0] = np.nan, np.inf
+    with pytest.raises(ValueError, match="^Net predicted numbers that are not finite at step 2 of its chunk"):
+        check_predicted({"normalized_actions": chunk}, (5, 3), "Net")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("more", [{}, {"other": 7}])
+def test_a_chunk_of_any_floating_point_numbers_is_returned_as_it_is(dtype, more):
+    chunk = np.arange(15, dtype=dtype).reshape(1, 5, 3)
+    found = check_predicted({"normalized_actions": chunk, **more}, (5, 3), "Net")
+    assert found.dtype == dtype and np.array_equal(found, chunk[0])
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (6, 3), (4, 3), (5, 2)])
+def test_a_chunk_of_another_size_is_refused_whichever_way_it_differs(shape):
+    with pytest.raises(ValueError, match=r"predicted float64 \[1, 5, 3\]; expected .*\[1, T, D\] = \[1, "):
+        check_predicted({"normalized_actions": np.zeros((1, 5, 3))}, shape, "Net")
+
+
+# Where a policy is loaded from, and onto what.
+
+
+@pytest.mark.parametrize("other", ["0" * 16, "f" * 16])
+def test_statistics_of_another_training_are_refused(two_datasets, other):
+    checkpoint, spec = two_datasets
+    with pytest.raises(
+        ValueError, match=f"has the hash {spec.statistics_hash}, but .*policy.json was .* {other}"
+    ):
+        load_normalizers(checkpoint, replace(spec, statistics_hash=other))
+
+
+def test_statistics_that_are_nowhere_are_named_with_both_places(two_datasets):
+    checkpoint, spec = two_datasets
+    (checkpoint.parents[1] / "dataset_statistics.json").unlink()
+    with pytest.raises(FileNotFoundError, match=f"neither in {checkpoint} nor in {checkpoint.parents[1]};"):
+        load_normalizers(checkpoint, spec)
+
+
+def test_a_damaged_specification_of_a_second_robot_is_named(two_robots):
+    checkpoint, *_ = two_robots
+    path = checkpoint.parents[1] / "policies" / "second.json"
+    path.write_text(path.read_text().replace('"horizon"', '"horizn"'))
+    with pytest.raises(ValueError, match="policies/second.json.*horiz"):
+        robot_spec(checkpoint, "second")
+
+
+@pytest.mark.parametrize("device, threads", [("cpu", [3]), ("meta", []), ("aaa", [])])
+def test_a_policy_is_moved_where_it_is_wanted_and_threads_are_set_for_a_cpu_alone(
+    run, monkeypatch, device, threads
+):
+    moved, asked = [], []
+
+    class Moved(Echo):
+        action_dim, state_dim, horizon = 2, 2, 6
+
+        def to(self, where):
+            moved.append(where)
+            return self
+
+    spec = read_spec(run / "checkpoints/step_000006")
+    Moved.horizon = spec.horizon
+    monkeypatch.setattr(policy_module.Framework, "from_pretrained", lambda folder, **more: Moved())
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(policy_module, "get_setting", lambda name: {"launch.threads": "3"}[name])
+    Policy.from_pretrained(run, device=device)
+    assert (moved, asked) == ([device], threads)
+
+
+def test_a_checkpoint_is_not_read_whole_unless_asked_for(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(policy_module, "check_checkpoint", lambda folder, *, verify: asked.append(verify))
+    Policy.from_pretrained(run)
+    assert asked == [False]
+
+
+def test_a_fingerprint_is_of_names_and_contents_in_their_order(tmp_path):
+    """Sixteen digits; the same content under another name, or one in place of the other, is another policy."""
+
+    def fingerprint(**files):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, content in {"model.safetensors": "w", "framework.json": "f", **files}.items():
+            path = folder / name.replace("__", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        return policy_module._fingerprint(folder, SPEC)
+
+    different = [
+        fingerprint(), fingerprint(vlm__a="1", vlm__b="2"), fingerprint(vlm__a="2", vlm__b="1"), fingerprint(vlm__c="1"),
+        fingerprint(action_model__a="1", action_model__b="2"), fingerprint(vlm__deep__a="1", vlm__b="2"),
+    ]  # fmt: skip
+    assert len(set(different)) == len(different) and all(len(each) == 16 for each in different)
+    assert (
+        fingerprint(vlm__b="2", vlm__a="1") == different[1] and fingerprint(trainer__rng="1") == different[0]
+    )

@@ -10,16 +10,22 @@ from PIL import Image
 
 from vla_bench.config import ConfigError
 from vla_bench.data.normalize import Normalizer, Statistics
+from vla_bench.data.order import MixtureOrder
+from vla_bench.data.transforms import Crop, ImageTransforms, RandomShift
+from vla_bench.training import loop
 from vla_bench.training.loop import (
     AugmentedView,
     BatchSampler,
+    EvaluationView,
     MetricsLog,
     action_error_sums,
     augment,
     error_row,
+    make_loader,
     read_metrics,
     split_episodes,
 )
+from vla_bench.training.stopping import leave_signals
 
 
 class Rows:
@@ -137,3 +143,90 @@ def test_the_log_keeps_the_rows_up_to_the_step_that_the_run_goes_on_from(tmp_pat
     MetricsLog(path, 3).write(4, loss=7.0, other=8.0)
     expected = [{"step": step, "loss": step / 2} for step in (1, 2, 3)]
     assert read_metrics(path) == [*expected, {"step": 4, "loss": 7.0, "other": 8.0}]
+
+
+def test_a_new_log_begins_at_step_0(tmp_path):
+    """Of a run that is begun anew only what was measured before its first step stays."""
+    path = tmp_path / "metrics.jsonl"
+    for step in (0, 1, 2):
+        MetricsLog(path, 9).write(step, loss=1.0)
+    assert [row["step"] for row in read_metrics(path)] == [0, 1, 2]
+    MetricsLog(path)
+    assert [row["step"] for row in read_metrics(path)] == [0]
+
+
+def test_a_view_of_evaluation_draws_nothing(monkeypatch):
+    crop = ImageTransforms((Crop(0.5), RandomShift(4)))
+    view = EvaluationView(Rows(), crop)
+    assert len(view) == 10 and seen(view[3]) == seen(view[3])
+    expected = [np.asarray(image).tolist() for image in Crop(0.5).eval(Rows()[3]["image"])]
+    assert seen(view[3]) == (expected, [3.0, 3.0])
+    assert seen(EvaluationView(Rows())[3]) == seen(Rows()[3])
+
+
+def test_transforms_come_before_the_shift_and_share_its_generator():
+    crop = ImageTransforms((Crop(0.5),))
+    found = AugmentedView(Rows(), 3, shift_pixels=4, state_noise=0.5, transforms=crop)[7, 2]
+    rng = np.random.default_rng([3, 7])
+    images = RandomShift(4).train(Crop(0.5).train(Rows()[2]["image"], rng), rng)
+    noise = (Rows()[2]["state"] + 0.5 * rng.standard_normal(2)).astype(np.float32)
+    assert seen(found) == ([np.asarray(image).tolist() for image in images], noise.tolist())
+    assert found["state"].dtype == np.float32
+
+
+def test_a_sample_without_a_state_stays_without_one():
+    sample = {key: value for key, value in Rows()[1].items() if key != "state"}
+    assert "state" not in augment(sample, np.random.default_rng(0), state_noise=1.0)
+
+
+def test_a_loader_is_made_of_what_it_is_given(monkeypatch):
+    given = {}
+    monkeypatch.setattr(loop, "DataLoader", lambda dataset, **options: given.update(options, dataset=dataset))
+    prepare = lambda samples: {}
+    for workers, prefetch in ((0, None), (3, 4)):
+        make_loader("data", [[1], [2]], prepare, workers)
+        assert (given["dataset"], given["batch_sampler"], given["num_workers"]) == (
+            "data",
+            [[1], [2]],
+            workers,
+        )
+        assert given["collate_fn"] is prepare and given["worker_init_fn"] is leave_signals
+        assert given["prefetch_factor"] == prefetch and given["pin_memory"] == torch.cuda.is_available()
+        assert given["generator"].initial_seed() == 0
+
+
+def test_an_order_of_a_mixture_stands_before_the_permutation():
+    order = MixtureOrder((3, 7), 5, (1, 1))
+    sampler = BatchSampler(10, 5, 4, 0, 3, order=order)
+    assert [key for batch in sampler for key in batch] == [(p, order.row_at(p)) for p in range(12)]
+    endless = BatchSampler(10, 5, 4)
+    assert next(iter(endless)) == endless.batch(0) and len(endless) == 2**62
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_a_model_is_what_it_was_before_an_evaluation(training):
+    model = Half().train(training)
+    statistics = Statistics(*[np.ones(2) * value for value in (-1, 1, 0, 1, -1, 1)], count=2)
+    batch = {"actions": torch.ones(1, 1, 3), "action_is_pad": torch.zeros(1, 1, dtype=torch.bool)}
+    action_error_sums(model, [batch], Normalizer(statistics, "min_max"))
+    assert model.training == training and model.modes == [False]
+
+
+def test_the_row_of_an_evaluation_has_these_keys():
+    sums = np.array([[1.0, 2], [30, 40], [5, 10]])
+    assert error_row(sums, ["a", "b"]) == pytest.approx({
+        "eval/action_error": 0.2, "eval/action_error/a": 0.2, "eval/action_error/b": 0.2,
+        "eval/action_error_physical/a": 6.0, "eval/action_error_physical/b": 4.0,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value, message", [("low", "'low'"), (None, "None"), ([1], r"\[1\]"), (True, "True")]
+)
+def test_a_row_that_holds_no_number_is_named(tmp_path, value, message):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "loss": 2}) + "\n" + json.dumps({"step": 2, "loss": value}) + "\n")
+    with pytest.raises(
+        ValueError, match=f"metrics.jsonl line 2: 'loss' is {message}, expected a finite number"
+    ):
+        read_metrics(path)

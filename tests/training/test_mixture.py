@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vla_bench.config import load_config
+from vla_bench.config import ConfigError, load_config
 from vla_bench.data.lerobot import LeRobotDataset
 from vla_bench.data.robots import read_robot
 from vla_bench.data.windows import History
@@ -19,6 +19,7 @@ from vla_bench.training.imitation import train
 from vla_bench.training.loop import EvaluationView, read_metrics
 
 TRANSFORMS = [
+    {"type": "pad", "height": 48, "width": 48},
     {"type": "resize", "height": 32, "width": 32, "method": "pad"},
     {"type": "crop", "fraction": 0.9},
     {"type": "color_jitter", "brightness": 0.2},
@@ -212,3 +213,91 @@ def test_a_setting_that_cannot_be_is_one_line(config, robots, change, message):
     with pytest.raises(ValueError) as error:
         train(load_config(tree))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("trained", ["OFT"], indirect=True)
+def test_a_mixture_whose_folders_moved_goes_on_by_the_new_ones(trained, robots, losses, tmp_path):
+    """What counts is what the folders hold, and the names under which a checkpoint knows them."""
+    newest = latest_checkpoint(trained.folder)
+    expected = (newest / "model.safetensors").read_bytes()
+    shutil.rmtree(newest)
+    tree = load_config(trained.folder).to_dict()
+    tree["trainer"]["resume"] = True
+    entries = tree["datasets"]["vla_data"]["mixture"]
+    for entry, name in zip(entries, ROBOTS):
+        entry["dataset"] = str(shutil.copytree(robots / name, tmp_path / f"{name}_moved"))
+    with pytest.raises(ConfigError, match=r"mixture\[0\].name is 'narrow' there and 'narrow_moved' here"):
+        train(load_config(tree))
+    for entry, name in zip(entries, ROBOTS):
+        entry["name"] = name
+    video = next((tmp_path / "narrow_moved").rglob("*.mp4"))
+    content = video.read_bytes()
+    video.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="trained on other data: in .*narrow/.*mp4 has other content"):
+        train(load_config(tree))
+    video.write_bytes(content)
+    train(load_config(tree))
+    assert losses(trained.folder) == trained.losses
+    assert (newest / "model.safetensors").read_bytes() == expected
+    assert load_config(trained.folder)["datasets"]["vla_data"]["mixture"][0]["name"] == "narrow"
+
+
+@pytest.fixture(scope="module")
+def twins(robots, tmp_path_factory):
+    """Two recordings of one robot whose numbers differ tenfold, and the robot's file."""
+    folder, layout = tmp_path_factory.mktemp("twins"), read_robot(robots / "narrow.yaml").action_layout
+    for scale, name in ((1, "small"), (10, "large")):
+        rng = np.random.default_rng(scale)
+        with LeRobotWriter(
+            folder / name, fps=10, cameras={"cam0": (32, 48)}, state=layout, action=layout
+        ) as writer:
+            for frames in (9, 6, 7):
+                numbers = scale * rng.normal(size=(frames, 3))
+                images = {"cam0": np.zeros((frames, 32, 48, 3), np.uint8)}
+                writer.add_episode(images=images, state=numbers, action=numbers + 1, task="go")
+    return folder
+
+
+def shared(twins, robots, how, robot=True):
+    robot = {"robot": str(robots / "narrow.yaml")} if robot else {}
+    entries = [{"dataset": str(twins / name), **robot} for name in ("small", "large")]
+    entries.append({"dataset": str(robots / "wide"), "robot": str(robots / "wide.yaml")})
+    return DataSettings(mixture=entries[: 2 if how == "shared" else 3], statistics=how)
+
+
+@pytest.mark.parametrize("how", ["per_dataset", "per_robot", "shared"])
+def test_statistics_are_shared_as_the_configuration_says(twins, robots, how):
+    data = open_data(shared(twins, robots, how), horizon=3, seed=0)
+    own = [member.dataset.select(member.train.episodes).columns["action"] for member in data.members]
+    together = [np.concatenate(own[:2])] * 2 + own[2:] if how != "per_dataset" else own
+    for member, rows in zip(data.members, together):
+        found = data.statistics[member.dataset.name]["action"]
+        np.testing.assert_allclose(found.mean, rows.astype(float).mean(0), rtol=1e-12)
+        np.testing.assert_allclose(found.q99, np.quantile(rows.astype(float), 0.99, axis=0), rtol=1e-12)
+        np.testing.assert_array_equal(member.normalizers["action"].statistics.max, found.max)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"statistics": "per_robots"},
+            "statistics must be one of per_dataset, per_robot, shared, got 'per_robots'",
+        ),
+        ({"statistics": "per_robot", "robot": None}, "statistics is 'per_robot', and .* declares no robot"),
+        ({"statistics": "shared", "mixture": None, "root": "a"}, "statistics must be per_dataset"),
+    ],
+)
+def test_statistics_that_cannot_be_shared_are_refused_before_anything_is_opened(change, message):
+    with pytest.raises(ConfigError, match=message):
+        DataSettings(**{"mixture": [{"dataset": "a"}, {"dataset": "b"}], **change})
+
+
+def test_robots_that_differ_share_no_statistics(twins, robots):
+    settings = DataSettings(
+        mixture=[{"dataset": str(twins / "small")}, {"dataset": str(robots / "wide")}], statistics="shared"
+    )
+    with pytest.raises(
+        ValueError, match="small and wide cannot share statistics, one has action .'j0', 'j1', 'gripper'."
+    ):
+        open_data(settings, horizon=3, seed=0)

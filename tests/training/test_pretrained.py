@@ -1,6 +1,7 @@
 """A training starts from the weights of another run, all of them or some modules, and says what it loaded."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from vla_bench.models.frameworks.framework import Framework
 from vla_bench.models.interop.weights import read_weights
 from vla_bench.training.checkpoint import latest_checkpoint
 from vla_bench.training.imitation import train
+from vla_bench.training.pretrained import our_names
 from vla_bench.training.run import set_up
 
 
@@ -179,3 +181,41 @@ def test_a_run_without_a_whole_checkpoint_is_refused(config, damaged):
         file.write_bytes(b"")
     with pytest.raises(ValueError, match="none of its 3 checkpoints is whole"):
         set_up(config([f"framework.pretrained_name_or_path={damaged}"]))
+
+
+OLD = Path(__file__).parents[1] / "fixtures/version_0_1"
+
+
+@pytest.mark.parametrize("modules", [None, "action_model", "[action_model, vlm]"])
+def test_weights_of_version_0_1_come_under_their_present_names(tmp_path, monkeypatch, modules):
+    shutil.copytree(OLD, tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")
+    options = ["run_id=new", "seed=8", "trainer.pretrained_checkpoint=runs/llava"]
+    options += [f"trainer.reload_modules={modules}"] if modules else []
+    found = weights_of(set_up(load_config("runs/llava", options)).framework)
+    theirs = load_file(OLD / "runs/llava/checkpoints/step_000003/model.safetensors")
+    renamed = {"action_model.blanks": "action_model.action_queries"}
+    assert renamed.keys() <= theirs.keys()
+    theirs = {renamed.get(name, name): tensor for name, tensor in theirs.items()}
+    parts = ("action_model.", "vlm.") if modules != "action_model" else ("action_model.",)
+    for part in parts:
+        assert same(found, theirs, part) == {True}
+    if modules == "action_model":
+        assert False in same(found, theirs, "vlm.")
+
+
+def test_a_frameworks_own_modules_and_its_heads_have_their_present_names():
+    framework = Framework.from_pretrained(OLD / "gr00t")
+    present = list(framework.state_dict())
+    renamed = {**framework.renamed_parameters, **framework.action_model.renamed_parameters}
+    assert renamed
+    old = {name: 0 for name in present}
+    for before, now in framework.renamed_parameters.items():
+        old = {
+            name.replace(f"{now}.", f"{before}.", 1) if name.startswith(f"{now}.") else name: 0
+            for name in old
+        }
+    assert (
+        list(our_names(framework, old)) == present
+        and list(our_names(framework, dict.fromkeys(present))) == present
+    )

@@ -1,19 +1,34 @@
 """What a run refuses before it begins, and what it will not be continued with."""
 
+import json
 import os
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from accelerate.utils import DistributedType
 
 from vla_bench.config import ConfigError, load_config
+from vla_bench.data.normalize import Normalizer, compute_statistics
 from vla_bench.models.backbones.tiny_composed import write_tiny_composed
 from vla_bench.models.heads.mlp import MLPHead
 from vla_bench.registry import HEADS
 from vla_bench.training.checkpoint import latest_checkpoint
 from vla_bench.training.imitation import train
-from vla_bench.training.run import save, set_up
+from vla_bench.training.run import (
+    FREE_KEYS,
+    check_data,
+    check_dtype,
+    check_processes,
+    differences,
+    inside,
+    progress,
+    save,
+    set_up,
+)
 
 
 @pytest.mark.parametrize(
@@ -218,3 +233,191 @@ def test_a_video_that_was_only_touched_is_said_and_accepted(config, home, tmp_pa
     os.utime(sorted(root.glob("videos/**/*.mp4"))[0])
     assert set_up(load_config(run.folder, "--trainer.resume true")).step == 1
     assert "1 video files have another time of modification" in capsys.readouterr().out
+
+
+TREE = {
+    "a": 1,
+    "trainer": {"weight_decay": 0.1, "num_workers": 2, "betas": [1, 2]},
+    "evaluation": {"tasks": ["x"]},
+}
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({}, []),
+        ({"a": 2}, ["a is 1 there and 2 here"]),
+        ({"b": 3}, ["b is None there and 3 here"]),
+        ({"trainer": {**TREE["trainer"], "weight_decay": 0.2}}, ["trainer.weight_decay is 0.1 there and 0.2 here"]),
+        ({"trainer": {**TREE["trainer"], "betas": [1, 3]}}, ["trainer.betas is [1, 2] there and [1, 3] here"]),
+        *(({"trainer": {**TREE["trainer"], key: 7}}, []) for key in FREE_KEYS),
+        ({"evaluation": {"tasks": ["y"], "more": 1}}, []),
+        ({"trainer": {}, "a": 5}, [
+            "a is 1 there and 5 here", "trainer.betas is [1, 2] there and None here",
+            "trainer.weight_decay is 0.1 there and None here",
+        ]),
+    ],
+)  # fmt: skip
+def test_configurations_differ_in_what_is_learned(change, expected):
+    assert differences(TREE, TREE | change) == expected
+
+
+def test_the_keys_that_change_nothing_that_is_learned_are_these():
+    assert set(FREE_KEYS) == {
+        "resume", "verify", "num_workers", "log_interval", "eval_interval", "eval_samples", "save_interval"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "world, found, kind, deepspeed, fits",
+    [
+        (1, 1, "NO", False, True),
+        (2, 2, "MULTI_CPU", False, True),
+        (2, 1, "NO", False, False),
+        (2, 2, "NO", False, False),
+        (1, 2, "MULTI_CPU", False, False),
+        (1, 1, "DEEPSPEED", True, True),
+        (1, 1, "DEEPSPEED", False, False),
+        (1, 1, "NO", True, False),
+    ],
+)
+def test_processes_are_those_that_were_launched(monkeypatch, world, found, kind, deepspeed, fits):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    accelerator = SimpleNamespace(num_processes=found, distributed_type=DistributedType[kind])
+    if fits:
+        check_processes(accelerator, deepspeed)
+        return
+    under = " under DeepSpeed" if deepspeed else ""
+    with pytest.raises(RuntimeError, match=f"started {world} processes{under}, accelerate sees {found} "):
+        check_processes(accelerator, deepspeed)
+
+
+def test_without_a_launcher_one_process_is_meant(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    check_processes(SimpleNamespace(num_processes=1, distributed_type=DistributedType.NO), False)
+
+
+STATISTICS = compute_statistics(np.array([[-1.0, -0.5, -2], [1.0, 0.5, 2]]))
+
+
+@pytest.mark.parametrize(
+    "modes, low, high, expected",
+    [
+        ("min_max", -1, 1, [True] * 3),
+        ("q99", -1, 1, [True] * 3),
+        ("binary", -1, 1, [True] * 3),
+        ("mean_std", -1, 1, [False] * 3),
+        ("mean_std", -9, 9, [False] * 3),
+        ("identity", -1, 1, [True, True, False]),
+        ("identity", -0.5, 0.5, [False, True, False]),
+        ("identity", -2, 1, [True, True, False]),
+        ("identity", -1, 2, [True, True, False]),
+        ("identity", -2, 2, [True] * 3),
+        ("min_max", -0.9, 1, [False] * 3),
+        ("min_max", -1, 0.9, [False] * 3),
+        (["q99", "mean_std", "identity"], -2, 2, [True, False, True]),
+    ],
+)
+def test_numbers_lie_inside_by_mode_and_by_what_was_recorded(modes, low, high, expected):
+    assert inside(Normalizer(STATISTICS, modes), low, high) == expected
+
+
+@pytest.mark.parametrize(
+    "dtype, fits", [(None, True), ("float32", True), ("bfloat16", False), ("float16", False)]
+)
+def test_weights_are_trained_in_full_precision(dtype, fits):
+    sections = [{"vlm": {"dtype": dtype}}, *([{"vlm": None}, {}] if fits else [])]
+    for section in sections:
+        if fits:
+            check_dtype(section)
+            continue
+        with pytest.raises(ConfigError, match=f"framework.vlm.dtype is '{dtype}'"):
+            check_dtype(section)
+
+
+def test_where_a_run_stands_is_told_in_these_numbers(config):
+    run = set_up(config("--trainer.gradient_accumulation_steps 3 --trainer.per_device_batch_size 2 --seed 5"))
+    run.step = 4
+    told = progress(run)
+    assert told == {
+        "step": 4, "position": 24, "seed": 5, "processes": 1, "rows": len(run.data.train),
+        "held_out": run.data.held_out_episodes(), "statistics_hash": run.spec.statistics_hash,
+    }  # fmt: skip
+    sampler = run.sampler()
+    assert (sampler.first, sampler.stop, sampler.batch_size, sampler.seed) == (12, 18, 2, 5)
+    assert (sampler.rank, sampler.processes, sampler.rows) == (0, 1, len(run.view))
+
+
+@pytest.mark.parametrize("key", ["position", "seed", "processes", "rows", "held_out", "statistics_hash"])
+def test_each_number_of_a_runs_place_is_compared(config, key):
+    run = set_up(config())
+    run.step = 1
+    save(run)
+    folder = latest_checkpoint(run.folder)
+    (folder / "manifest.json").unlink()
+    file = folder / "trainer/progress.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, key: [99] if key == "held_out" else 99}))
+    with pytest.raises(ValueError, match=f"cannot be continued: {key} was"):
+        set_up(load_config(run.folder, "--trainer.resume true"))
+
+
+def test_of_many_files_that_differ_three_are_named(config, home, tmp_path):
+    root = shutil.copytree(home / "toy", tmp_path / "toy")
+    run = set_up(config([f"datasets.vla_data.root={root}"]))
+    parts = {part: dict.fromkeys(names) for part, names in run.identity.items()}
+    with pytest.raises(ValueError, match=r"progress.json: 'data'"):
+        check_data(run, tmp_path, {"metadata": {}})
+    saved = json.loads(json.dumps(run.identity))
+    for count, more in ((3, ""), (4, " and 1 more"), (5, " and 2 more")):
+        changed = {
+            **saved,
+            "metadata": {**saved["metadata"], **dict.fromkeys(list(parts["metadata"])[:count], "0")},
+        }
+        with pytest.raises(ValueError, match=f"in {root} .*other content{more}; restore the data") as error:
+            check_data(run, tmp_path, changed)
+        assert str(error.value).count("has other content") == 3
+
+
+def test_data_that_were_not_remembered_are_said_not_to_be_compared(config, tmp_path, capsys):
+    run = set_up(config())
+    check_data(run, tmp_path / "step_000004", None)
+    assert capsys.readouterr().out.startswith("step_000004 does not say which data it saw")
+    with pytest.raises(ValueError, match="'data' is 'all', expected an object"):
+        check_data(run, tmp_path, "all")
+
+
+@pytest.mark.parametrize("field", ["size", "modified_ns", "sample"])
+def test_a_video_that_is_remembered_by_half_is_named(config, tmp_path, field):
+    run = set_up(config())
+    saved = json.loads(json.dumps(run.identity))
+    name = next(iter(saved["videos"]))
+    del saved["videos"][name][field]
+    with pytest.raises(ValueError, match=f"progress.json: 'data'.*{field}"):
+        check_data(run, tmp_path, saved)
+
+
+@pytest.mark.parametrize("resume", ["maybe", "1", "last", "None"])
+def test_a_resume_that_cannot_be_meant_is_refused(config, resume):
+    with pytest.raises(ConfigError, match="expected true, false or last_good"):
+        set_up(config([f"trainer.resume={resume}"]))
+
+
+def test_a_run_goes_on_from_a_place_that_moved(config, home, tmp_path):
+    """The run, its data and its backbone may stand elsewhere; what is learned may not be another."""
+    root = shutil.copytree(home / "toy", tmp_path / "toy")
+    run = set_up(config([f"datasets.vla_data.root={root}"]))
+    run.step = 1
+    save(run)
+    moved = shutil.move(run.folder, tmp_path / "moved")
+    shutil.move(root, tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").rename(tmp_path / "toy")
+    tree = load_config(moved).to_dict() | {"run_id": "moved"}
+    load_config(tree).save(tmp_path / "moved/config.yaml")
+    assert set_up(load_config(tmp_path / "moved", "--trainer.resume true")).step == 1
+    tree["trainer"]["weight_decay"] = 0.7
+    load_config(tree).save(tmp_path / "moved/config.yaml")
+    with pytest.raises(
+        ConfigError, match="config.yaml is not what step_000001 was trained with: trainer.weight_decay"
+    ):
+        set_up(load_config(tmp_path / "moved", "--trainer.resume true"))

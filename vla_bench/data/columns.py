@@ -77,12 +77,12 @@ def flat_names(names: Any, depth: int = 0) -> list[str]:
     if isinstance(names, Mapping):
         places = list(names.values())
         if places and all(isinstance(place, int) for place in places):
-            in_order = sorted(names, key=names.__getitem__)
-            return in_order if sorted(places) == list(range(len(places))) else []
+            in_order, first = sorted(names, key=names.__getitem__), min(places)
+            return in_order if sorted(places) == list(range(first, first + len(places))) else []
         names = places
     if isinstance(names, list):
         return [name for group in names for name in flat_names(group, depth + 1)]
-    return [str(names)]
+    return [str(names)] if isinstance(names, str | int) else []
 
 
 def feature_names(feature: Feature, width: int) -> tuple[str, ...]:

@@ -6,8 +6,8 @@ Docs: https://vla-bench.github.io/vla_bench/data/conversation_files.html.md"""
 
 # %% auto #0
 __all__ = ['ROLES', 'IMAGE_MARK', 'DATASETS', 'ConversationError', 'image_names', 'check_entry', 'as_messages', 'read_entries',
-           'ConversationSource', 'register_conversations', 'find_source', 'parse_dataset_use', 'chosen_rows',
-           'image_path']
+           'LanguageTurns', 'ConversationSource', 'register_conversations', 'register_language_turns', 'find_source',
+           'parse_dataset_use', 'chosen_rows', 'image_path']
 
 # %% ../../nbs/data/70_conversation_files.ipynb #408a288c
 import json
@@ -15,13 +15,13 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..files import read_json
+from ..files import Kind, check_fields, read_json
 from ..registry import suggest
 
 # %% ../../nbs/data/70_conversation_files.ipynb #084f0772
@@ -140,16 +140,48 @@ def read_entries(
 
 # %% ../../nbs/data/70_conversation_files.ipynb #e0c54ef6
 @dataclass(frozen=True)
+class LanguageTurns:
+    """What of a LeRobot dataset becomes conversations."""
+
+    lerobot: Path  # folder of the dataset
+    styles: tuple[str, ...] | None = (
+        None  # of the turns that are answers, such as subtask and vqa; None for all
+    )
+    cameras: tuple[str, ...] | None = None  # names; None for all. A turn about one camera shows that one
+    prompts: Mapping[str, str] = field(default_factory=dict)  # style: question, with {lang} and {style}
+    stride: int = 1  # frames between two that are asked about what is in force
+    follow_links: bool = False  # read files that are links out of the dataset's folder
+
+    def __post_init__(self):
+        if self.stride < 1:
+            raise ConversationError(f"stride is {self.stride}, expected at least 1")
+        for style, prompt in self.prompts.items():
+            try:
+                prompt.format(lang="", style="")
+            except (AttributeError, KeyError, IndexError, ValueError) as error:
+                raise ConversationError(
+                    f"prompts.{style} is {prompt!r:.60}, expected a text with {{lang}}"
+                ) from error
+
+
+@dataclass(frozen=True)
 class ConversationSource:
     """A registered dataset of conversations."""
 
     name: str
-    annotation_path: Path  # .json or .jsonl
+    annotation_path: Path  # .json or .jsonl; of `turns`, the dataset's folder
     data_path: Path  # the folder of the images
     percent: int = 100  # of the entries, 1 to 100
+    turns: LanguageTurns | None = None  # where the conversations stand in a LeRobot dataset
+
+# %% ../../nbs/data/70_conversation_files.ipynb #45c02c88
+DATASETS: dict[str, dict[str, Any]] = {}
 
 
-DATASETS: dict[str, dict[str, str]] = {}
+def _register(name: str, entry: dict[str, Any]) -> None:
+    if DATASETS.get(name, entry) != entry:
+        raise ValueError(f"the conversations {name!r} are registered already, at {DATASETS[name]}")
+    DATASETS[name] = entry
 
 
 def register_conversations(
@@ -159,17 +191,25 @@ def register_conversations(
     data_path: str | Path = "",  # the folder of the images; that of the annotations when left out
 ) -> None:
     """Makes a dataset known by a name. Raises `ValueError` for a name that stands for another one already."""
-    entry = {"annotation_path": str(annotation_path), "data_path": str(data_path)}
-    if DATASETS.get(name, entry) != entry:
-        raise ValueError(f"the conversations {name!r} are registered already, at {DATASETS[name]}")
-    DATASETS[name] = entry
+    _register(name, {"annotation_path": str(annotation_path), "data_path": str(data_path)})
+
+
+def register_language_turns(
+    name: str,
+    lerobot: str | Path,  # folder of a LeRobot dataset
+    **settings: Any,  # of `LanguageTurns`
+) -> None:
+    """Makes the language columns of a LeRobot dataset known by a name. Raises `ValueError` as above."""
+    entry = {"lerobot": str(lerobot), **settings}
+    _language_turns(entry, f"the conversations {name!r}")
+    _register(name, entry)
 
 # %% ../../nbs/data/70_conversation_files.ipynb #68dd70f6
 def find_source(
     word: str,  # "name" or "name%50"
     data_dict: Mapping[
         str, Any
-    ],  # {name: {"annotation_path": …, "data_path": …}}, beside the registered ones
+    ],  # {name: {"annotation_path": …, "data_path": …} or {"lerobot": …}}, beside the registered ones
     key: str = "datasets.vlm_data",  # of the configuration, for messages
 ) -> ConversationSource:
     """A dataset by its name. Raises `ConversationError` for an unknown name or an impossible part."""
@@ -183,14 +223,38 @@ def find_source(
     if name not in known:
         raise ConversationError(f"{key}.dataset_use: unknown dataset {name!r}{suggest(name, known)}")
     entry, where = known[name], f"{key}.data_dict.{name}"
+    if isinstance(entry, Mapping) and "lerobot" in entry:
+        turns = _language_turns(entry, where)
+        return ConversationSource(name, turns.lerobot, turns.lerobot, percent, turns)
     if not isinstance(entry, Mapping) or not isinstance(entry.get("annotation_path"), str):
-        raise ConversationError(f"{where} is {entry!r:.60}, expected {{annotation_path: …, data_path: …}}")
+        raise ConversationError(
+            f"{where} is {entry!r:.60}, expected {{annotation_path: …, data_path: …}}, or {{lerobot: …}}"
+        )
     if odd := sorted(entry.keys() - {"annotation_path", "data_path"}):
         raise ConversationError(
             f"{where}: nothing reads {odd[0]!r}{suggest(odd[0], ['annotation_path', 'data_path'])}"
         )
     path = Path(entry["annotation_path"])
     return ConversationSource(name, path, Path(entry.get("data_path") or path.parent), percent)
+
+
+_TURNS: dict[str, Kind] = {"lerobot": str, "styles?": ([str], None), "cameras?": ([str], None)}
+_TURNS |= {"prompts?": dict, "stride?": int, "follow_links?": bool}
+
+
+def _language_turns(entry: Mapping[str, Any], where: str) -> LanguageTurns:
+    names = [f.name for f in fields(LanguageTurns)]
+    if odd := sorted(entry.keys() - set(names)):
+        raise ConversationError(f"{where}: nothing reads {odd[0]!r}{suggest(odd[0], names)}")
+    try:
+        check_fields(entry, _TURNS, where)
+    except ValueError as error:
+        raise ConversationError(str(error)) from error
+    listed = {n: tuple(entry[n]) for n in ("styles", "cameras") if entry.get(n) is not None}
+    try:
+        return LanguageTurns(**{**entry, **listed, "lerobot": Path(entry["lerobot"])})
+    except ConversationError as error:
+        raise ConversationError(f"{where}: {error}") from error
 
 # %% ../../nbs/data/70_conversation_files.ipynb #17f64405
 def parse_dataset_use(

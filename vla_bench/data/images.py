@@ -99,12 +99,12 @@ def short_name(files: DatasetFiles, key: str) -> str:
 # %% ../../nbs/data/54_images.ipynb #06fa99f7
 def camera_keys(
     files: DatasetFiles,
-    cameras: Sequence[str] | None,  # features or short names; None for all in declared order
+    cameras: Sequence[str] | None,  # features or short names; None for all in declared order, [] for none
 ) -> list[str]:
     """The image features that are meant. Raises `DatasetError` for a name of no camera or of several, or no RGB images."""
     info = files.root / "meta/info.json"
     names = [short_name(files, key) for key in files.cameras()]
-    if not names:
+    if not names and (cameras is None or cameras):
         raise DatasetError(f"{info}: features declare no images")
     keys = []
     for camera in names if cameras is None else cameras:

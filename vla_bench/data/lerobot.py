@@ -203,6 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cameras", nargs="+", help="features or short names; all when left out")
     parser.add_argument("--action_key", help="the column of the actions, action when left out")
     parser.add_argument("--state_key", help="the column of the state, or none")
+    parser.add_argument("--episodes", nargs="+", type=int, help="indices of episodes; all when left out")
     parser.add_argument(
         "--follow_links", action="store_true", default=None, help="read links out of the dataset's folder"
     )
@@ -260,7 +261,7 @@ def main(
             read = dataset_arguments(options.config_yaml, words)
         else:
             read = {"root": words[0] if words else made_up_dataset(Path(folder, "made_up"))}
-        given = {"cameras", "action_key", "state_key", "follow_links", "horizon"}
+        given = {"cameras", "action_key", "state_key", "follow_links", "horizon", "episodes"}
         read |= {key: value for key, value in vars(options).items() if key in given and value is not None}
         if read.get("state_key") in ("none", "null"):
             read["state_key"] = None

@@ -18,8 +18,8 @@ import yaml
 
 from .order import MixtureOrder
 from .sample import Sample
-from .seen import SeenDataset
 from .view import Widths
+from .viewed import ViewedDataset
 from ..files import Kind, check_fields
 from ..registry import suggest
 
@@ -115,14 +115,14 @@ def read_mixture(
     return entries
 
 # %% ../../nbs/data/65_mixture.ipynb #ae200757
-def common_widths(datasets: Sequence[SeenDataset]) -> Widths:
+def common_widths(datasets: Sequence[ViewedDataset]) -> Widths:
     """Widths that every one of the datasets fits into."""
     dims = [dataset.dims for dataset in datasets]
     images = max(len(dataset.cameras) * len(dataset.view.history) for dataset in datasets)
     return Widths(max(action for action, _ in dims), max(state for _, state in dims), images)
 
 
-def _check_datasets(datasets: Sequence[SeenDataset]) -> None:
+def _check_datasets(datasets: Sequence[ViewedDataset]) -> None:
     """Raises `ValueError` for a name that two datasets share, and for what a batch cannot hold together."""
     names, first = [dataset.name for dataset in datasets], datasets[0]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -145,7 +145,7 @@ class Mixture:
 
     def __init__(
         self,
-        datasets: Sequence[SeenDataset],  # each with a view of its own: scales, action mode, prompt
+        datasets: Sequence[ViewedDataset],  # each with a view of its own: scales, action mode, prompt
         weights: Sequence[float] | None = None,  # shares of the samples, of any sum; None: by frames
         widths: Widths | None = None,  # of the model; None: of the widest of these
     ):

@@ -145,6 +145,7 @@ def explain_value(error: ValidationError) -> str:
     first, more = error.errors(include_url=False)[0], error.error_count() - 1
     field, found = _field(first["loc"]) or "the content", repr(first["input"])
     line = f"{field} is {found if len(found) < 80 else found[:77] + '...'}, expected {_expected(first)}"
+    line = f"{field} is missing" if first["type"] == "missing" else line
     return line + (f" (and {more} more)" if more else "")
 
 # %% ../../nbs/data/44_schema.ipynb #a2fec4ed

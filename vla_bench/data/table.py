@@ -105,10 +105,10 @@ def check_episode_rows(episode: Episode, where: tuple[int, int] | None) -> tuple
 
 
 def check_numbers(files: DatasetFiles, columns: Mapping[str, np.ndarray], spans: Spans) -> None:
-    """Raises `DatasetError` naming file, episode and field of the first number that is not finite."""
+    """Raises `DatasetError` naming file, episode and field of the first number that is not finite as float32."""
     for name, start, end in (*spans.parts, ("timestamp", 0, 1)):
         values = columns[name][:, start:end]
-        if not (bad := ~np.isfinite(values)).any():
+        if not (bad := ~(np.abs(values) <= np.finfo(np.float32).max)).any():
             continue
         row, dimension = np.argwhere(bad)[0]
         ends = np.cumsum([e.length for e in files.episodes])
@@ -219,5 +219,9 @@ def only(
     """The same dataset as if it had no other episodes. Raises `DatasetError` for one that does not exist."""
     if indices is None:
         return files
+    if not len(indices):
+        raise DatasetError(
+            f"{files.root}: no episodes are asked for; leave `episodes` out to take all of them"
+        )
     wanted = set(check_episodes(files, indices))
     return replace(files, episodes=[e for e in files.episodes if e.index in wanted])

@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 
 from .columns import read_columns
 from .images import camera_keys, check_video, feature_shape, not_rgb, read_image
+from .language import language_problems
 from .lerobot_files import DatasetFiles, Episode, read_files
 from .paths import DatasetError
 from .schema import open_table
-from .table import Table, read_table
+from .table import Table, only, read_table
 from .video import VideoError, VideoReader
 from ..files import MANIFEST, manifest_differences, write_manifest
 
@@ -92,6 +93,7 @@ def check_video_rows(
     key: str,
     path: Path,
     members: Sequence[tuple[Episode, np.ndarray]],  # episodes in the file, and their time stamps
+    others: int = 0,  # episodes in the file that are not looked at
 ) -> Iterator[str]:
     """Lines for a video that does not fit the rows of its episodes."""
     try:
@@ -118,7 +120,7 @@ def check_video_rows(
         ):
             yield f"{path}: episode {episode.index} lasts {told - start:.3f} s by its metadata, and has {episode.length} frames"
     video.close()
-    if len(places) == len(members):
+    if len(places) == len(members) and not others:
         yield from _tiling(path, sorted(places), video.frame_count)
 
 
@@ -190,22 +192,37 @@ def _group(files: DatasetFiles, key: str) -> dict[Path, list[Episode]]:
     return found
 
 
-def _problems(files: DatasetFiles, table: Table, keys: Sequence[str], every_frame: bool) -> Iterator[str]:
+def _begins(episodes: Sequence[Episode]) -> dict[int, int]:
+    """The row at which each episode begins, when they are laid end to end."""
+    return dict(zip((e.index for e in episodes), np.cumsum([0, *(e.length for e in episodes)])))
+
+
+def _problems(
+    files: DatasetFiles,
+    chosen: Sequence[Episode],  # those that are looked at
+    table: Table,  # of these
+    keys: Sequence[str],
+    every_frame: bool,
+) -> Iterator[str]:
     """Everything that can be said of a dataset that opens."""
-    begins = dict(zip((e.index for e in files.episodes), np.cumsum([0, *(e.length for e in files.episodes)])))
-    stamps = {e.index: table.columns["timestamp"][begins[e.index] :][: e.length] for e in files.episodes}
+    begins = _begins(chosen)
+    stamps = {e.index: table.columns["timestamp"][begins[e.index] :][: e.length] for e in chosen}
     yield from check_counts(files)
     yield from check_places(files)
     yield from check_statistics(files.root)
+    firsts = _begins(files.episodes)
     for path, members in _group(files, "").items():
-        yield from check_file(files, path, members, begins[members[0].index])
+        if any(e.index in stamps for e in members):
+            yield from check_file(files, path, members, firsts[members[0].index])
+            yield from language_problems(files, path, [e for e in members if e.index in stamps])
     unsound: set[Path] = set()  # videos of which something was said already
     for key in [key for key in keys if files.features[key].dtype == "video"]:
         for path, members in _group(files, key).items():
-            lines = list(check_video_rows(files, key, path, [(e, stamps[e.index]) for e in members]))
+            seen = [(e, stamps[e.index]) for e in members if e.index in stamps]
+            lines = list(check_video_rows(files, key, path, seen, len(members) - len(seen)) if seen else ())
             unsound |= {path} if lines else set()
             yield from lines
-    for episode in files.episodes:
+    for episode in chosen:
         rows = slice(begins[episode.index], begins[episode.index] + episode.length)
         yield from check_rows(files, episode, {name: values[rows] for name, values in table.columns.items()})
         first_row = table.first_rows[episode.index]
@@ -220,10 +237,11 @@ def validate(
     root: str | Path,
     *,
     cameras: Sequence[str]
-    | None = None,  # these five: as for the dataset, so that it is checked as it is trained on
+    | None = None,  # these six: as for the dataset, so that it is checked as it is trained on
     action_key: str = "action",
     state_key: str | None = AUTO,
     follow_links: bool = False,
+    episodes: Sequence[int] | None = None,  # only these, whose files alone are needed; None for all
     every_frame: bool = False,  # decode all frames, not the first and the last one of each episode
 ) -> list[str]:  # one line per problem; empty for a sound dataset
     """Checks the files, numbers, time stamps, instructions and videos of every episode."""
@@ -232,12 +250,23 @@ def validate(
         if state_key == AUTO:
             has_state = "observation.state" in files.features or files.modality.state
             state_key = "observation.state" if has_state else None
-        changed = [f"{root}: {line}" for line in manifest_differences(Path(root), verify=True)]
+        part = only(files, episodes)
+        changed = [f"{root}: {line}" for line in _changed(files, part.episodes)]
         keys = camera_keys(files, cameras if cameras is not None else rgb_cameras(files))
-        table = read_table(files, action_key, state_key)
+        table = read_table(part, action_key, state_key)
     except (ValueError, OSError) as error:
         return [str(error)]
-    return list(dict.fromkeys([*changed, *_problems(files, table, keys, every_frame)]))
+    return list(dict.fromkeys([*changed, *_problems(files, part.episodes, table, keys, every_frame)]))
+
+
+def _changed(files: DatasetFiles, chosen: Sequence[Episode]) -> list[str]:
+    """What differs from the manifest, of the metadata and the files of some episodes."""
+    lines = manifest_differences(files.root, verify=True)
+    if len(chosen) == len(files.episodes):
+        return lines
+    paths = {path for e in chosen for path in (e.data, *(path for path, _ in e.videos.values()))}
+    mine = ("meta/", *(f"{path.relative_to(files.root).as_posix()} " for path in paths))
+    return [line for line in lines if line.startswith(mine)]
 
 
 def rgb_cameras(files: DatasetFiles) -> list[str] | None:

@@ -7,7 +7,7 @@ Docs: https://vla-bench.github.io/vla_bench/data/writer.html.md"""
 # %% auto #0
 __all__ = ['VERSIONS', 'INDEX_FEATURES', 'QUANTILES', 'PATHS', 'column_summary', 'histogram', 'image_summary', 'check_episode',
            'video_key', 'shard_file', 'Shard', 'camera_feature', 'features_json', 'info_json', 'modality_json',
-           'write_episodes_v2', 'episode_rows', 'write_episodes_v3', 'LeRobotWriter']
+           'write_episodes_v2', 'episode_rows', 'write_tasks_v3', 'write_episodes_v3', 'LeRobotWriter']
 
 # %% ../../nbs/data/40_writer.ipynb #1b2b217e
 import json
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from fastcore.basics import patch
 
 from .layout import Layout
-from .video import open_video
+from .video import CODECS, open_video
 from ..files import write_json
 from ..registry import suggest
 
@@ -141,6 +141,7 @@ class Shard:
         cameras: Mapping[str, tuple[int, int]],
         fps: float,
         crf: int,
+        codec: str = "h264",
     ):
         data, video = PATHS[version]
         self.fps, self.schema, self.videos, self._files = fps, schema, {}, ExitStack()
@@ -148,7 +149,7 @@ class Shard:
         self.parquet = self._files.enter_context(parquet)
         for name, (height, width) in cameras.items():
             path = shard_file(root, video, number, video_key=video_key(name))
-            opened = open_video(path, height=height, width=width, fps=fps, crf=crf)
+            opened = open_video(path, height=height, width=width, fps=fps, crf=crf, codec=codec)
             self.videos[name] = self._files.enter_context(opened)
 
     def __enter__(self) -> "Shard":
@@ -189,10 +190,11 @@ def camera_feature(
     height: int,  # pixels
     width: int,
     fps: float,  # Hz
+    codec: str = "h264",
 ) -> dict:
     """What `info.json` says about the video of a camera."""
     coding = {"video.height": height, "video.width": width}
-    coding |= {"video.codec": "h264", "video.pix_fmt": "yuv420p", "video.fps": fps}
+    coding |= {"video.codec": codec, "video.pix_fmt": "yuv420p", "video.fps": fps}
     coding |= {"video.channels": 3, "video.is_depth_map": False, "has_audio": False}
     shape = {"shape": [height, width, 3], "names": ["height", "width", "channels"]}
     return {"dtype": "video", **shape, "info": coding}
@@ -202,13 +204,14 @@ def features_json(
     cameras: Mapping[str, tuple[int, int]],
     layouts: Mapping[str, Layout],  # of the columns "action" and, if there is one, "observation.state"
     fps: float,
+    codec: str = "h264",  # of the videos
 ) -> dict[str, dict]:
     """Every column and camera of a dataset, with type, shape and names."""
     features: dict[str, dict] = {
         name: {"dtype": "float32", "shape": [layout.dim], "names": list(layout.names)}
         for name, layout in layouts.items()
     }
-    features |= {video_key(name): camera_feature(*size, fps) for name, size in cameras.items()}
+    features |= {video_key(name): camera_feature(*size, fps, codec) for name, size in cameras.items()}
     return features | {
         n: {"dtype": dtype, "shape": [1], "names": None} for n, dtype in INDEX_FEATURES.items()
     }
@@ -223,9 +226,10 @@ def info_json(
     tasks: int,  # how many
     robot_type: str,
     benchmark: str,
+    codec: str = "h264",  # of the videos
 ) -> dict:
     """The content of `meta/info.json`."""
-    count, features = len(lengths), features_json(cameras, layouts, fps)
+    count, features = len(lengths), features_json(cameras, layouts, fps, codec)
     info = {"codebase_version": version, "robot_type": robot_type, "total_episodes": count}
     info |= {"total_frames": sum(lengths), "total_tasks": tasks, "chunks_size": 1000}
     info |= {"fps": int(fps) if float(fps).is_integer() else fps, "splits": {"train": f"0:{count}"}}
@@ -256,7 +260,7 @@ def modality_json(
 # %% ../../nbs/data/40_writer.ipynb #62d05bc2
 def write_episodes_v2(meta: Path, episodes: Sequence[Mapping], tasks: Mapping[str, int]) -> None:
     """`episodes.jsonl`, `episodes_stats.jsonl` and `tasks.jsonl`."""
-    short = [{k: e[k] for k in ("episode_index", "tasks", "length")} for e in episodes]
+    short = [{k: v for k, v in e.items() if k != "stats" and "/" not in k} for e in episodes]
     stats = [{k: e[k] for k in ("episode_index", "stats")} for e in episodes]
     rows = [{"task_index": index, "task": task} for task, index in tasks.items()]
     for name, lines in (("episodes", short), ("episodes_stats", stats), ("tasks", rows)):
@@ -294,6 +298,14 @@ _PANDAS_TASKS = {
 }
 
 
+def write_tasks_v3(meta: Path, tasks: Mapping[str, int]) -> None:
+    """`tasks.parquet`."""
+    table = pa.table({"task_index": pa.array(tasks.values(), pa.int64()), "task": pa.array(tasks)})
+    pq.write_table(
+        table.replace_schema_metadata({b"pandas": json.dumps(_PANDAS_TASKS).encode()}), meta / "tasks.parquet"
+    )
+
+
 def write_episodes_v3(
     meta: Path, episodes: Sequence[Mapping], tasks: Mapping[str, int], per_file: int
 ) -> None:
@@ -301,15 +313,14 @@ def write_episodes_v3(
     (meta / "episodes/chunk-000").mkdir(parents=True)
     rows = pa.Table.from_pylist(episode_rows(episodes, per_file))
     pq.write_table(rows, meta / "episodes/chunk-000/file-000.parquet")
-    table = pa.table({"task_index": pa.array(tasks.values(), pa.int64()), "task": pa.array(tasks)})
-    pq.write_table(
-        table.replace_schema_metadata({b"pandas": json.dumps(_PANDAS_TASKS).encode()}), meta / "tasks.parquet"
-    )
+    write_tasks_v3(meta, tasks)
 
 # %% ../../nbs/data/40_writer.ipynb #86d48604
-def _check_target(root: Path, version: str, cameras: Mapping) -> None:
+def _check_target(root: Path, version: str, cameras: Mapping, codec: str) -> None:
     if version not in VERSIONS:
         raise ValueError(f"unknown version {version!r}{suggest(version, VERSIONS)}")
+    if codec not in CODECS:
+        raise ValueError(f"unknown codec {codec!r}{suggest(codec, CODECS)}")
     if root.exists() and any(root.iterdir()):
         raise FileExistsError(f"{root} is not empty; choose another folder or delete it")
     if not cameras:
@@ -340,10 +351,12 @@ class LeRobotWriter:
         benchmark: str = "",  # the simulator, if any
         episodes_per_file: int = 50,  # of parquet and video files, v3.0
         crf: int = 18,
+        codec: str = "h264",  # of the videos, or "av1"
     ):
         self.root, self.fps, self.cameras = Path(root), fps, dict(cameras)
-        _check_target(self.root, version, self.cameras)
-        self.version, self.crf, self.robot_type, self.benchmark = version, crf, robot_type, benchmark
+        _check_target(self.root, version, self.cameras, codec)
+        self.version, self.crf, self.codec = version, crf, codec
+        self.robot_type, self.benchmark = robot_type, benchmark
         self.layouts = {"action": action} | ({"observation.state": state} if state else {})
         self.per_file = episodes_per_file if version == "v3.0" else 1
         self.tasks: dict[str, int] = {}
@@ -361,7 +374,7 @@ def _write(self: LeRobotWriter, index: int, arrays: dict, images: Mapping, entry
     if index % self.per_file == 0:
         self._open.close()
         place = (self.root, self.version, index // self.per_file, self.schema, self.cameras)
-        self.shard = self._open.enter_context(Shard(*place, self.fps, self.crf))
+        self.shard = self._open.enter_context(Shard(*place, self.fps, self.crf, self.codec))
     self.shard.write_rows(arrays)
     entry["stats"] = {name: column_summary(column) for name, column in arrays.items()}
     for name, frames in images.items():
@@ -384,8 +397,9 @@ def add_episode(
     state: np.ndarray | None,  # [T, S], physical
     action: np.ndarray,  # [T, D], physical
     task: str,  # the instruction
+    details: Mapping[str, Any] | None = None,  # what else the metadata shall say of it: a success, a seed
 ) -> None:
-    """Appends one episode."""
+    """Appends one episode. Raises `ValueError` for one that does not fit, or details that are called like other metadata."""
     index, first = len(self.episodes), sum(e["length"] for e in self.episodes)
     values = {"action": action, "observation.state": state}
     vectors = {name: (layout, values[name]) for name, layout in self.layouts.items()}
@@ -395,7 +409,10 @@ def add_episode(
     counters["episode_index"] = np.full(len(steps), index)
     counters["task_index"] = np.full(len(steps), self.tasks.setdefault(task, len(self.tasks)))
     arrays |= {name: counters[name].astype(dtype)[:, None] for name, dtype in INDEX_FEATURES.items()}
-    self._write(index, arrays, images, {"episode_index": index, "tasks": [task], "length": len(steps)})
+    entry = {"episode_index": index, "tasks": [task], "length": len(steps), "stats": {}}
+    if taken := [name for name in details or {} if name in entry or "/" in name]:
+        raise ValueError(f"episode {index}: details cannot be called {taken[0]!r}")
+    self._write(index, arrays, images, entry | dict(details or {}))
 
 # %% ../../nbs/data/40_writer.ipynb #63da1ec7
 @patch
@@ -414,7 +431,7 @@ def finalize(self: LeRobotWriter) -> None:
         write_episodes_v2(meta, self.episodes, self.tasks)
     write_json(meta / "modality.json", modality_json(self.cameras, self.layouts))
     about = (self.version, self.fps, self.cameras, self.layouts, lengths, len(self.tasks))
-    write_json(meta / "info.json", info_json(*about, self.robot_type, self.benchmark))
+    write_json(meta / "info.json", info_json(*about, self.robot_type, self.benchmark, self.codec))
 
 # %% ../../nbs/data/40_writer.ipynb #49705d95
 @patch

@@ -124,6 +124,7 @@ def sample_from(
     sample |= {"dataset": spec.dataset, "origin": "observation"}
     _check_images(sample["image"], spec)
     states = _check_state(observation.get("state"), spec) if spec.state else None
+    check_sample(sample)  # the instruction as it came: within a prompt, None would be a word
     view = spec_view(spec, normalizers)
     sample = view.see(sample, states, robot_dims(view.encoding, spec.action, spec.state)[0])
     check_sample(sample)

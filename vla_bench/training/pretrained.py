@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..config import MODULE_ALIASES, ConfigError, suggest
 from ..models.backbones.checkpoint_files import shortlist
-from ..models.frameworks.framework import Framework, rename_old_parameters
+from ..models.frameworks.framework import Framework
+from ..models.heads.head import ActionHead, rename_parameters
 from ..models.interop.weights import nearest_prefix, read_weights
 from .checkpoint import check_finite
 from .optim import find_module
@@ -31,8 +32,9 @@ def our_names(
     parts = (name.removeprefix("module.").split(".") if wrapped else name.split(".") for name in weights)
     names = [".".join([MODULE_ALIASES.get(first, first), *rest]) for first, *rest in parts]
     found = dict(zip(names, weights.values()))
-    if isinstance(framework, Framework):
-        rename_old_parameters(framework, found, "")
+    for path, module in framework.named_modules():  # the framework before its head
+        if isinstance(module, (Framework, ActionHead)):
+            found = rename_parameters(found, module.renamed_parameters, f"{path}." if path else "")
     return found
 
 

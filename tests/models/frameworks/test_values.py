@@ -1,14 +1,18 @@
 """A setting of a framework reaches what it controls, and values go where they belong: not only shapes."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+from vla_bench.models.features import Features
 from vla_bench.models.frameworks.build import build_framework
+from vla_bench.models.frameworks.framework import Framework
 from vla_bench.models.heads.head import ActionHead
-from vla_bench.registry import HEADS
+from vla_bench.registry import FRAMEWORKS, HEADS
 
 PAIR = ("qwen2_5_vl", "GR00T")
 
@@ -196,3 +200,155 @@ def test_old_names_of_modules_are_those_of_today(build, monkeypatch):
     assert float(model.action_model.weight.detach()) == 0 and any(
         name.startswith("qwen.") for name in weights
     )
+
+
+# --- where it is computed, what is asked for, what is written ------------------------------------------------------------
+
+RUNS = {
+    "loss": lambda model, batch: model.train()(batch)["action_loss"].detach().numpy(),
+    "actions": lambda model, batch: model.predict_action(batch)["normalized_actions"],
+    "maps": lambda model, batch: np.stack([each.images[0] for each in model.attention_maps(batch)]),
+}
+
+
+@pytest.mark.parametrize("name", ["OFT", "GR00T", "PI0", "PI05"])
+@pytest.mark.parametrize("what", RUNS)
+def test_a_batch_is_computed_where_it_lies_whatever_the_default_device_is(toy, pi, name, what):
+    """The default is one that holds no numbers: what is made without saying where would have none."""
+    model = pi.build(name) if name.startswith("PI") else toy.build(("paligemma", name))
+    batch = model.prepare((pi if name.startswith("PI") else toy).examples)
+    torch.manual_seed(1)
+    here = RUNS[what](model, batch)
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        np.testing.assert_array_equal(RUNS[what](model, batch), here)
+
+
+def test_noise_is_drawn_where_the_features_are(toy):
+    features = Features(torch.zeros(2, 3, 4), torch.ones(2, 3, dtype=torch.bool, device="meta"))
+    noise = toy.build(PAIR).draw_noise(features, None)
+    assert noise.shape == (2, toy.T, toy.D) and noise.device.type == "meta"
+
+
+def test_maps_are_made_in_evaluation_mode_without_gradients_from_the_noise_that_is_given(toy, monkeypatch):
+    model, seen = toy.build(PAIR).train(), []
+    attention = model.action_model.attention
+    monkeypatch.setattr(
+        model.action_model,
+        "attention",
+        lambda features, noise: (
+            seen.append((torch.is_grad_enabled(), model.training, noise)) or attention(features, noise)
+        ),
+    )
+    model.attention_maps(toy.examples, generator=torch.Generator().manual_seed(8))
+    ((with_gradient, training, noise),) = seen
+    assert not with_gradient and not training and model.training
+    assert torch.equal(noise, torch.randn(3, toy.T, toy.D, generator=torch.Generator().manual_seed(8)))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_without_a_head_that_says_where_it_looks_it_is_the_prompts_last_token(build, toy, side):
+    """The mean over layers and attention heads, of the last token that is no padding."""
+    model = build().eval()
+    model.prepare.vlm.processor.tokenizer.padding_side = side
+    batch = model.prepare(toy.examples)
+    with torch.no_grad():
+        found = model.prompt_attention(batch, None).numpy()
+        layers = [each.float().numpy() for each in model.vlm(batch["inputs"], attention=True).attention]
+    for b, mask in enumerate(batch["inputs"]["attention_mask"].numpy()):
+        rows = [layer[b, :, np.flatnonzero(mask)[-1]] for layer in layers]
+        np.testing.assert_allclose(found[b], np.mean(rows, axis=(0, 1)), atol=1e-6)
+
+
+def test_a_sample_that_cannot_be_trained_on_is_named(build, toy):
+    bare = [{key: value for key, value in e.items() if not key.startswith("action")} for e in toy.examples]
+    with pytest.raises(
+        ValueError, match="^toy episode 0 frame 7: training needs 'action' and 'action_is_pad'"
+    ):
+        build()(bare)
+    assert build().predict_action(bare)["normalized_actions"].shape == (3, toy.T, toy.D)
+
+
+@pytest.mark.parametrize("call", ["forward", "predict_action"])
+def test_robots_with_different_actions_need_a_head_that_masks_them(build, toy, call):
+    mixed = [e | {"action_mask": np.arange(toy.D) < 2 + i % 2} for i, e in enumerate(toy.examples)]
+    with pytest.raises(
+        ValueError, match="^toy episode 0 frame 7: some robots lack numbers .* head Probe predicts"
+    ):
+        getattr(build(), call)(mixed)
+    getattr(toy.build(PAIR), call)(mixed)
+    getattr(build(), call)(toy.examples)
+
+
+def test_the_mask_of_each_robots_actions_reaches_the_head(build, toy, monkeypatch):
+    monkeypatch.setattr(Probe, "masks_actions", True)
+    mixed = [e | {"action_mask": np.arange(toy.D) < 1 + i} for i, e in enumerate(toy.examples)]
+    model = build()
+    model(mixed)
+    assert model.action_model.seen[0][0].action_mask.tolist() == [
+        [True, False, False],
+        [True, True, False],
+        [True] * 3,
+    ]
+
+
+def test_the_blocks_to_shard_are_those_of_the_backbone_and_of_the_head(toy, pair):
+    model = toy.build(pair)
+    ours, heads = model.vlm.layer_classes(), model.action_model.layer_classes()
+    assert ours and model.fsdp_classes() == ours | heads and bool(heads) == (pair[1] == "GR00T")
+    with pytest.raises(AttributeError, match=r"here it is fsdp_classes\(\)"):
+        model.get_fsdp_wrapping_policy()
+
+
+def test_a_framework_says_itself_how_it_runs_its_backbone(toy):
+    model = toy.build(PAIR)
+    with pytest.raises(NotImplementedError):
+        Framework.features(model, {})
+    assert model.stored() == {}
+
+
+def test_a_head_that_does_not_fit_is_answered_with_all_that_would(toy):
+    reads = {name: FRAMEWORKS.get(name).reads for name in FRAMEWORKS.names()}
+    fits = [name for name, each in reads.items() if each == "last"]
+    assert fits and len(set(reads.values())) > 2
+    with pytest.raises(
+        ValueError,
+        match=re.escape(
+            f"OFT provides 'queries', FlowMatchingHead reads 'last'; set framework.name to one of {fits}, or"
+        ),
+    ):
+        toy.build(("qwen2_5_vl", "OFT"), type="FlowMatching")
+
+
+def test_saving_makes_the_folder_and_may_be_repeated(toy, tmp_path):
+    model = toy.build(PAIR)
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "a" / "b")
+    loaded = Framework.from_pretrained(tmp_path / "a" / "b")
+    np.testing.assert_array_equal(toy.predict(loaded, toy.examples), toy.predict(model, toy.examples))
+    names = {path.name for path in (tmp_path / "a" / "b").iterdir()}
+    assert names == {"model.safetensors", "framework.json", "vlm"}  # and nothing of a head that has no files
+
+
+def test_the_files_of_a_head_are_saved_with_it(build, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(Probe, "assets", True)
+    monkeypatch.setattr(
+        Probe, "save_assets", lambda self, folder: folder.mkdir() or (folder / "own.json").touch()
+    )
+    build().save_pretrained(tmp_path)
+    assert [path.name for path in (tmp_path / "action_model").iterdir()] == ["own.json"]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_robot_of_each_sample_is_its_own_in_any_order(build, toy, place):
+    """A batch turned round is the batch turned round: nothing belongs to a place in it."""
+    model = build(embodiments=["zeta", "alpha", "beta"])
+    names = ("beta", "zeta", "alpha")
+    examples = [e | {"dataset": name} for e, name in zip(toy.examples, names, strict=True)]
+    turned = examples[place:] + examples[:place]
+    model(turned)
+    features, actions, *_ = model.action_model.seen[0]
+    index = [["zeta", "alpha", "beta"].index(e["dataset"]) for e in turned]
+    assert features.embodiment.tolist() == index
+    np.testing.assert_array_equal(actions, np.stack([e["action"] for e in turned]))
+    np.testing.assert_array_equal(features.state, np.stack([e["state"] for e in turned]))

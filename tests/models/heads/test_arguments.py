@@ -4,6 +4,7 @@ The defaults are the papers' or the published code's, so they are written down h
 """
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -261,3 +262,120 @@ def test_a_codec_of_bins_has_something_to_encode(given):
     with pytest.raises(ValueError, match="must be positive, num_bins=.* at least 2"):
         BinsCodec(**{"horizon": 1, "action_dim": 1, "num_bins": 2} | given)
     BinsCodec(horizon=1, action_dim=1, num_bins=2)
+
+
+# the least and the most that an argument may be, and what lies just beyond
+FLOW_BOUNDS = [
+    ({"hidden_size": 2, "num_heads": 1}, {"hidden_size": 3, "num_heads": 1}, "must be even"),
+    ({"max_positions": 4}, {"max_positions": 3}, "max_positions=3 is less"),
+]
+BOUNDS = {
+    "ActionExpert": [
+        ({"hidden_size": 2}, {"hidden_size": 0}, "hidden_size=0 must be even"),
+        ({"hidden_size": 4}, {"hidden_size": 5}, "hidden_size=5 must be even"),
+        ({"num_heads": 2}, {"num_heads": 0}, "num_heads=0 must be a multiple"),
+        ({"num_heads": 6}, {"num_heads": 5}, "num_heads=5 must be a multiple"),
+    ],
+    "Diffusion": [
+        ({"clip_sample": 1e-6}, {"clip_sample": 0.0}, "clip_sample=0.0"),
+        ({"clip_sample": 1.0, "prediction": "epsilon"}, {"prediction": "epsilon"}, "clip_sample=None"),
+        ({"num_inference_timesteps": 100}, {"num_inference_timesteps": 101}, "must not exceed num_train_timesteps=100"),
+        ({"num_train_timesteps": 1}, {"num_train_timesteps": 0}, "num_train_timesteps=0"),
+        ({"num_inference_timesteps": 1}, {"num_inference_timesteps": 0}, "num_inference_timesteps=0"),
+    ],
+    "DiscreteDiffusion": [
+        ({"num_bins": 2}, {"num_bins": 1}, "num_bins=1 must be at least 2"),
+        ({"low": 0.9}, {"low": 1.0}, "must go upwards"),
+        ({"high": 2.0}, {"low": 2.0}, "must go upwards"),
+        ({"temperature": 0.0}, {"temperature": -0.1}, "temperatures must not be negative"),
+        ({"choice_temperature": 0.0}, {"choice_temperature": -0.1}, "temperatures must not be negative"),
+    ],
+    "FlowMatching": [
+        *FLOW_BOUNDS,
+        ({"state_dropout": 0.0}, {"state_dropout": -0.1}, "state_dropout=-0.1"),
+        ({"state_dropout": 0.99}, {"state_dropout": 1.0}, "state_dropout=1.0"),
+        ({"attend_text_every_n_blocks": 1}, {"attend_text_every_n_blocks": 0}, "attend_text_every_n_blocks=0"),
+        ({"num_future_tokens": 0}, {"num_vl_heads": 5}, "num_vl_heads=5"),
+    ],
+    "LayerwiseFlowMatching": [
+        *FLOW_BOUNDS,
+        ({"num_layers": 3}, {"num_layers": 4}, "num_layers=4, but the backbone has 3"),
+        ({"num_layers": 2}, {"num_layers": 1}, "a state token would change nothing"),
+        ({"num_layers": 2}, {"num_layers": 0}, "num_layers=0 must be at least 1"),
+        (
+            {"num_layers": 1, "state_token": False},
+            {"num_layers": 1, "state_token": False, "num_future_tokens": 1},
+            "num_future_tokens=1 would change nothing",
+        ),
+    ],
+    "MLP": [
+        ({"num_layers": 1}, {"num_layers": 0}, "num_layers=0 must be at least 1"),
+        ({"num_residual_blocks": 0}, {"num_residual_blocks": -1}, "num_residual_blocks=-1"),
+        ({"num_residual_blocks": 1}, {"num_residual_blocks": 1, "num_layers": 3}, "set one"),
+        ({"num_layers": 3}, {"num_residual_blocks": 2, "num_layers": 1}, "set one"),
+        ({"num_queries": 1}, {"num_queries": 0}, r"num_queries=0 must divide the horizon 4: one of \[1, 2, 4\]"),
+        ({"num_queries": 4}, {"num_queries": 8}, r"num_queries=8 must divide the horizon 4: one of \[1, 2, 4\]"),
+        ({"num_queries": 2}, {"num_queries": 3}, r"num_queries=3 must divide the horizon 4: one of \[1, 2, 4\]"),
+    ],
+    "Transformer": [({"num_heads": 1}, {"num_heads": 0}, "num_heads=0 must be at least 1")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, allowed, refused, named", [(name, *each) for name in BOUNDS for each in BOUNDS[name]]
+)
+def test_an_argument_is_allowed_up_to_its_bound(name, allowed, refused, named):
+    HEADS.get(name)(SIZES, **SMALL[name] | allowed)
+    with pytest.raises(ValueError, match=named):
+        HEADS.get(name)(SIZES, **SMALL[name] | refused)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"hidden_size": 24, "state_dim": 2}, {"hidden_size": 24, "state_dim": 0}], ids=str
+)
+@pytest.mark.parametrize("interleave", [True, False])
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_tokens_that_no_block_would_read_are_refused(sizes, interleave, tokens):
+    """A state or scratch tokens need a block in which the tokens look at each other; without either none is needed."""
+    arguments = SMALL["FlowMatching"] | {"interleave_self_attention": interleave, "num_future_tokens": tokens}
+    build = lambda: HEADS.get("FlowMatching")(replace(SIZES, **sizes), **arguments)
+    if interleave or not (sizes["state_dim"] or tokens):
+        head = build()
+        assert head.dit.crosses == [i % 2 == 0 or not interleave for i in range(2)]
+        return
+    with pytest.raises(
+        ValueError, match=f"the state \\({sizes['state_dim']} numbers\\) or the num_future_tokens={tokens}"
+    ):
+        build()
+
+
+SPREAD = {  # of fresh weights that are no layer's own, as published or as the page says
+    ("FlowMatching", "positions"): 0.02,
+    ("FlowMatching", "future_tokens"): 0.02,
+    ("LayerwiseFlowMatching", "positions"): 0.02,
+    ("LayerwiseFlowMatching", "future_tokens"): 0.02,
+    ("Diffusion", "network.positions"): 0.5,
+    ("DiscreteDiffusion", "network.positions"): 1.0,
+    ("Transformer", "action_queries"): 0.02,
+}
+
+
+@pytest.mark.parametrize("name, parameter", SPREAD)
+def test_fresh_weights_are_spread_around_zero_as_they_should(name, parameter):
+    torch.manual_seed(0)
+    arguments = SMALL[name] | ({"num_future_tokens": 40} if parameter == "future_tokens" else {})
+    weights = dict(HEADS.get(name)(replace(SIZES, horizon=40), **arguments).named_parameters())[parameter]
+    assert weights.std().item() == pytest.approx(SPREAD[name, parameter], rel=0.15)
+    assert abs(weights.mean().item()) < 0.15 * SPREAD[name, parameter]
+
+
+@pytest.mark.parametrize("name", ["FlowMatching", "LayerwiseFlowMatching"])
+@pytest.mark.parametrize("width, heads", [(24, 1), (64, 1), (127, 1), (128, 2), (192, 3)])
+def test_an_attention_head_is_64_wide_unless_something_else_is_asked_for(name, width, heads):
+    sizes = replace(SIZES, hidden_size=width, backbone=replace(BACKBONE, hidden_size=width))
+    if name == "FlowMatching":
+        vl = HEADS.get(name)(sizes, **SMALL[name]).vl
+        assert vl.blocks[0].attention.heads == heads
+    elif width % 2 == 0:
+        head = HEADS.get(name)(sizes, mlp_size=8)
+        assert head.dit.blocks[0].attention.heads == heads

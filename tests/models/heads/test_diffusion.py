@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from vla_bench.models.heads.diffusion import DiffusionHead, squared_cosine
+from vla_bench.models.heads.diffusion import (
+    DiffusionHead,
+    check_range,
+    check_steps,
+    count_steps,
+    inference_steps,
+    squared_cosine,
+)
 
 
 def cosine_schedule(count: int) -> np.ndarray:
@@ -135,3 +142,72 @@ def test_samples_cover_both_modes(kit, prediction):
         found = kit.drawn(head)
         assert 0.55 < (found < 0).float().mean() < 0.8
         assert (found.abs() < 0.4).float().mean() < 0.08
+
+
+# --- bounds -----------------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_whole_numbers_from_zero_to_the_last():
+    check_steps(torch.tensor([0, 99]), 100)
+    for wrong in (
+        torch.tensor([-1, 5]),
+        torch.tensor([5, 100]),
+        torch.tensor([-1, 100]),
+        torch.tensor([0.0, 5.0]),
+    ):
+        with pytest.raises(ValueError, match=f"integer steps 0 … 99, got {wrong.dtype} from"):
+            check_steps(wrong, 100)
+
+
+@pytest.mark.parametrize("bound", [0.5, 1.0, 7.0])
+def test_actions_may_reach_the_bound_and_a_thousandth_more(bound):
+    for sign in (1, -1):
+        check_range(torch.tensor([0.0, sign * (bound + 0.9e-3)]), bound)
+        with pytest.raises(ValueError, match=f"held within ±{bound:g}"):
+            check_range(torch.tensor([0.0, sign * (bound + 1.1e-3)]), bound)
+    check_range(torch.zeros(0, 3), bound)
+
+
+@pytest.mark.parametrize(
+    "sampler, asked, trained, steps",
+    [("ddim", None, 100, 10), ("ddim", None, 7, 7), ("ddpm", None, 100, 100), ("ddim", 100, 100, 100),
+     ("ddpm", 3, 100, 3), ("ddim", 1, 1, 1)],
+)  # fmt: skip
+def test_so_many_steps_are_taken(sampler, asked, trained, steps):
+    assert count_steps(sampler, asked, trained) == steps
+
+
+@pytest.mark.parametrize(
+    "trained, steps, expected",
+    [(100, 10, [99, 89, 79, 69, 59, 49, 39, 29, 19, 9]), (10, 3, [9, 5, 2]), (7, 7, [6, 5, 4, 3, 2, 1, 0]), (5, 1, [4])],
+)  # fmt: skip
+def test_sampling_begins_with_the_last_step_and_skips_evenly(trained, steps, expected):
+    assert inference_steps(trained, steps) == expected
+
+
+@pytest.mark.parametrize("has", [1, 2])
+def test_a_bound_holds_for_the_numbers_that_the_robot_has(kit, has):
+    head, (features, actions) = kit.build("diffusion epsilon"), kit.data()
+    head.valid_action_dim = has
+    far = actions.clone()
+    far[..., has:] = 5.0
+    assert math.isfinite(kit.loss(head, features, far))
+    far[0, 0, has - 1] = 5.0
+    with pytest.raises(ValueError, match="clip_sample to at least 5"):
+        kit.loss(head, features, far)
+    far[0, 0, has - 1] = 0.0
+    far[1, 3] = 5.0  # padding
+    assert math.isfinite(kit.loss(head, features, far))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["diffusion", "diffusion epsilon"])
+def test_samples_are_held_within_the_bound_on_both_sides(kit, name):
+    features, once = kit.data()[0], {"num_inference_timesteps": 1}
+    free = kit.build(name, clip_sample=1e9, **once)
+    noise = 5 * kit.sampling_noise(free)
+    reach = free.sample(features, noise)
+    bound = 0.5 * float(min(reach.max(), -reach.min()))
+    assert bound > 0
+    held = kit.build(name, clip_sample=bound, **once).sample(features, noise)
+    torch.testing.assert_close(held, reach.clamp(-bound, bound))

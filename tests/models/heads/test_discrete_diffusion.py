@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from vla_bench.models.features import Features
-from vla_bench.models.heads.discrete_diffusion import Bins, DiscreteDiffusionHead
+from vla_bench.models.heads.discrete_diffusion import (
+    Bins,
+    DiscreteDiffusionHead,
+    guess,
+    gumbel,
+    hidden_after,
+    hide,
+    reveal,
+    uniform_noise,
+)
 
 
 @pytest.mark.parametrize("valid_action_dim", [3, 2])
@@ -124,3 +133,94 @@ def test_a_code_comes_back_as_the_centre_of_its_bin():
     edges = np.linspace(-0.5, 2.0, 8)
     centres = Bins(7, -0.5, 2.0).decode(torch.arange(7))
     np.testing.assert_allclose(centres, (edges[1:] + edges[:-1]) / 2, atol=1e-6)
+
+
+# --- each part of the training and of the decoding, in numbers -------------------------------------------------------
+
+
+def test_actions_up_to_half_a_bin_outside_the_range_are_allowed():
+    bins = Bins(4, -1.0, 1.0)  # half a bin is a quarter
+    bins.check(torch.tensor([-1.25, 0.0, 1.25]))
+    for outside in (-1.2501, 1.2501):
+        with pytest.raises(ValueError, match=r"do not fit the bins' range \[-1, 1\]"):
+            bins.check(torch.tensor([0.0, outside]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 12])
+@pytest.mark.parametrize("u", [0.0, 0.3, 0.5, 0.77, 1.0])
+def test_so_many_valid_tokens_are_hidden_and_those_with_the_smallest_numbers(count, u):
+    order = torch.rand(2, 12, generator=torch.Generator().manual_seed(count))
+    valid = torch.zeros(2, 12, dtype=torch.bool)
+    valid[0, 12 - count :], valid[1] = True, True
+    for row, found in enumerate(hide(order, torch.tensor([u, u]), valid)):
+        places = [j for j in range(12) if valid[row, j]]
+        number = max(1, math.ceil(float(torch.cos(torch.tensor(math.pi / 2 * u))) * len(places)))
+        expected = sorted(sorted(places, key=lambda j: float(order[row, j]))[:number])
+        assert found.nonzero().flatten().tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "tokens, rounds, hidden",
+    [(12, 4, [11, 8, 4, 0]), (12, 1, [0]), (12, 2, [8, 0]), (3, 8, [2, 1, 0]), (1, 5, [0]), (5, 5, [4, 3, 2, 1, 0])],
+)  # fmt: skip
+def test_so_many_tokens_stay_hidden_after_each_round(tokens, rounds, hidden):
+    assert hidden_after(tokens, rounds) == hidden
+
+
+@pytest.mark.parametrize("temperature, shares", [(1.0, (0.2, 0.5, 0.3)), (0.5, (4 / 38, 25 / 38, 9 / 38))])
+@pytest.mark.parametrize("u", [0.0, 0.1, 0.21, 0.5, 0.69, 0.71, 0.9, 0.999, 1.0])
+def test_a_guess_is_where_the_distribution_reaches_the_uniform_number(temperature, shares, u):
+    logits = torch.tensor([0.2, 0.5, 0.3]).log().expand(1, 1, 3)
+    codes, confidence = guess(logits, torch.tensor([[u]]), temperature, "token")
+    expected = min(int(np.searchsorted(np.cumsum(shares), u, side="right")), 2)
+    assert int(codes) == expected
+    assert float(confidence) == pytest.approx(math.log((0.2, 0.5, 0.3)[expected]), abs=1e-6)
+    _, confidence = guess(logits, torch.tensor([[u]]), temperature, "position")
+    assert float(confidence) == pytest.approx(math.log(0.5), abs=1e-6)
+
+
+@pytest.mark.parametrize("confidence", ["token", "position"])
+def test_a_temperature_of_zero_takes_the_likeliest(confidence):
+    logits = torch.tensor([[[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]]]).log()
+    codes, found = guess(logits, torch.full((1, 2), 0.99), 0.0, confidence)
+    assert codes.tolist() == [[1, 0]]
+    assert found[0].exp().tolist() == pytest.approx([0.5, 0.6])
+
+
+def test_a_code_without_probability_is_never_drawn():
+    logits = torch.tensor([[[-torch.inf, 0.0, 0.0, -torch.inf]]])
+    for u, expected in ((0.0, 1), (0.49, 1), (0.5, 2), (0.99, 2)):
+        assert int(guess(logits, torch.tensor([[u]]), 1.0, "token")[0]) == expected
+
+
+def test_what_is_known_stays_and_the_most_confident_guesses_are_kept():
+    tokens, codes = torch.tensor([[9, 2, 9, 9, 9]]), torch.tensor([[0, 1, 2, 3, 4]])
+    confidence = torch.tensor([[0.1, 5.0, 0.4, 0.3, 0.4]])
+    kept = [reveal(tokens, codes, confidence, hidden, 9).tolist()[0] for hidden in range(5)]
+    assert kept == [[0, 2, 2, 3, 4], [9, 2, 2, 3, 4], [9, 2, 2, 9, 4], [9, 2, 2, 9, 9], [9, 2, 9, 9, 9]]
+
+
+def test_gumbel_noise_is_finite_at_both_ends():
+    found = gumbel(torch.tensor([0.0, 0.5, 1.0]))
+    expected = [-math.log(-math.log(1e-9)), -math.log(-math.log(0.5)), -math.log(-math.log1p(-1e-7))]
+    assert found.tolist() == pytest.approx(expected, rel=0.02)
+
+
+def test_uniform_numbers_may_reach_both_ends_and_no_further():
+    given = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
+    found = uniform_noise("noise", given, (3,), None, "cpu")
+    assert found.dtype == torch.float32 and found.tolist() == [0.0, 0.25, 1.0]
+    for wrong in (torch.tensor([-0.001, 0.5]), torch.tensor([0.5, 1.001]), torch.tensor([0, 1])):
+        with pytest.raises(ValueError, match=r"noise must be uniform numbers in \[0, 1\]"):
+            uniform_noise("noise", wrong, (2,), None, "cpu")
+    with pytest.raises(ValueError, match=r"time is \[2\], expected \[3\]: because"):
+        uniform_noise("time", torch.zeros(2), (3,), None, "cpu", ": because")
+
+
+@pytest.mark.parametrize("has", [1, 2, 3])
+def test_every_token_of_a_dimension_that_the_robot_has_is_decoded_and_no_other(kit, has):
+    head, (features, _) = kit.build("discrete", num_steps=3), kit.data()
+    head.valid_action_dim = has
+    tokens, _ = head.decode(features, kit.sampling_noise(head))
+    known = (tokens != head.mask_token).reshape(kit.B, kit.T, kit.D)
+    assert known[..., :has].all() and not known[..., has:].any()

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from vla_bench.data.layout import Layout
 from vla_bench.data.normalize import Normalizer, compute_statistics
 from vla_bench.data.writer import LeRobotWriter
-from vla_bench.models.heads.fast import FASTCodec, FASTHead, main
+from vla_bench.models.heads import fast as fast_module
+from vla_bench.models.heads.fast import FASTCodec, FASTHead, action_windows, fit_report, main, train_merges
 from vla_bench.models.heads.head import HeadSizes
 from vla_bench.registry import HEADS
 
@@ -519,3 +520,369 @@ def test_an_action_that_is_not_finite_is_named():
     chunks[1, 7, 2] = np.inf
     with pytest.raises(ValueError, match="action 7 of sample 1 is not finite"):
         codec.encode(chunks)
+
+
+# --- bounds and sizes, in numbers -------------------------------------------------------------------------------------
+
+
+def constant(*values: float, horizon: int = 4) -> list[np.ndarray]:
+    """Chunks that hold still: their first coefficient is 10 sqrt(T) times the value, all others are zero."""
+    return [np.full((horizon, 1), value) for value in values]
+
+
+def test_a_codec_may_have_as_many_values_as_its_vocabulary_and_no_more():
+    codec = FASTCodec.fit(constant(0.0, 12.75), vocab_size=256)  # coefficients 0 … 255
+    assert (codec.min_token, codec.num_tokens, codec.vocab_size) == (0, 256, 256)
+    with pytest.raises(ValueError, match="the coefficients span 257 values, vocab_size is 256"):
+        FASTCodec.fit(constant(0.0, 12.8), vocab_size=256)
+
+
+def test_actions_are_refused_as_not_normalised_from_a_million_on():
+    """By the largest coefficient that there could be: it would not fit a list of characters at all."""
+    with pytest.raises(ValueError, match="the coefficients span"):
+        FASTCodec.fit(constant(0.0, 49_999.0))  # times 10, times the root of 4
+    for chunks in (constant(0.0, 50_001.0), constant(0.0, -50_001.0), constant(0.0, 25_001.0, horizon=16)):
+        with pytest.raises(ValueError, match="actions reach .*; normalise them to about"):
+            FASTCodec.fit(chunks)
+    with pytest.raises(ValueError, match="the coefficients span"):
+        FASTCodec.fit(constant(0.0, 25_001.0))
+    with pytest.raises(ValueError, match="actions reach .*; normalise them to about"):
+        FASTCodec.fit(constant(0.0, 25_001.0), scale=20.0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"vocab_size": 255}, {"scale": 0.0}, {"scale": -1.0}, {"scale": float("nan")}], ids=str
+)
+def test_a_vocabulary_holds_all_bytes_and_a_scale_is_positive(wrong):
+    chunks = constant(0.0, 0.1)
+    FASTCodec.fit(chunks, **{"vocab_size": 256, "scale": 0.5} | {name: 256 for name in wrong})
+    with pytest.raises(ValueError, match="vocab_size=.* must be at least 256 .*scale=.* positive"):
+        FASTCodec.fit(chunks, **{"vocab_size": 256, "scale": 0.5} | wrong)
+
+
+@pytest.mark.parametrize("shapes", [[], [(0, 3)], [(3, 0)], [(3,)], [(2, 3, 1)]], ids=str)
+def test_chunks_that_are_none_are_refused(shapes):
+    with pytest.raises(ValueError, match=r"fitting needs chunks \[N, T, D\]"):
+        FASTCodec.fit([np.zeros(shape) for shape in shapes])
+
+
+@pytest.mark.parametrize("place", [1, 2])
+@pytest.mark.parametrize("shape", [(3, 2), (5, 2), (4, 1), (4, 3)])
+def test_a_chunk_of_another_shape_is_named_wherever_it_stands(place, shape):
+    chunks = [np.zeros((4, 2))] * 3
+    chunks[place] = np.zeros(shape)
+    with pytest.raises(
+        ValueError, match=rf"chunk {place} is \[{shape[0]}, {shape[1]}\], the ones before are \[4, 2\]"
+    ):
+        FASTCodec.fit(chunks)
+
+
+TOKENIZER = FASTCodec.unfitted(3, 2).tokenizer
+
+
+@pytest.mark.parametrize(
+    "vocab_size, largest, per_number",
+    [(256, 2047, 2), (2048, 2047, 2), (2049, 2048, 3), (5000, 4999, 3), (60_000, 0xD7FF, 3)],
+)
+def test_the_largest_character_and_the_longest_chunk_follow_from_the_vocabulary(
+    vocab_size, largest, per_number
+):
+    codec = FASTCodec(TOKENIZER, horizon=3, action_dim=2, vocab_size=vocab_size)
+    assert (codec.largest, codec.max_tokens) == (largest, 3 * 2 * per_number)
+    assert (codec.clipped, codec.repaired, codec.num_tokens) == (0, 0, 256)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"scale": 0.0}, {"scale": -1.0}, {"max_tokens": 0}, {"max_tokens": -1}], ids=str
+)
+def test_a_scale_and_a_limit_of_tokens_are_positive(wrong):
+    assert FASTCodec(TOKENIZER, horizon=3, action_dim=2, scale=0.1, max_tokens=1).max_tokens == 1
+    with pytest.raises(ValueError, match="must be positive"):
+        FASTCodec(TOKENIZER, horizon=3, action_dim=2, **wrong)
+
+
+def still(codec: FASTCodec, first: int) -> np.ndarray:
+    """Chunks [1, T, D] whose every first coefficient is `first`."""
+    return np.full((1, codec.horizon, codec.action_dim), first / codec.scale / sqrt(codec.horizon))
+
+
+def test_the_largest_coefficient_has_tokens_and_the_next_one_is_refused():
+    codec = FASTCodec(TOKENIZER, horizon=3, action_dim=2, min_token=-40)
+    assert codec.largest + codec.min_token == 2007
+    np.testing.assert_allclose(codec.decode(codec.encode(still(codec, 2007))), still(codec, 2007), rtol=1e-6)
+    with pytest.raises(ValueError, match="a coefficient of 2008 is beyond this tokenizer's 2007"):
+        codec.encode(still(codec, 2008))
+
+
+def test_chunks_with_too_low_a_coefficient_are_counted_once_each():
+    codec = FASTCodec(TOKENIZER, horizon=3, action_dim=2, min_token=-40)
+    codec.encode(np.concatenate([still(codec, -40), still(codec, -41), still(codec, -500), still(codec, 3)]))
+    assert codec.clipped == 2  # each is wrong in two numbers
+    np.testing.assert_allclose(codec.decode(codec.encode(still(codec, -41))), still(codec, -40), rtol=1e-6)
+
+
+def test_a_character_that_is_too_large_is_read_as_zero_and_counted():
+    codec = FASTCodec(TOKENIZER, horizon=3, action_dim=2, min_token=-40)
+    for character, first in ((2047, 2007), (2048, 0)):
+        before = codec.repaired
+        ids = codec.tokenizer.encode(chr(character) + chr(40) * 5).ids
+        spectrum = np.zeros((3, 2))
+        spectrum[0, 0] = first / 10
+        np.testing.assert_allclose(codec.decode([ids])[0], cosines(3).T @ spectrum, atol=1e-4)
+        assert codec.repaired == before + (character == 2048)
+
+
+@pytest.mark.parametrize("ids, wrong", [([-1], -1), ([0, 256], 256), ([300, 1], 300)])
+def test_a_number_that_is_no_token_is_refused(ids, wrong):
+    codec = FASTCodec(TOKENIZER, horizon=3, action_dim=2)
+    with pytest.raises(ValueError, match=f"{wrong} is no token of this tokenizer, which has 256"):
+        codec.decode([ids])
+    codec.decode([[0, 255]])
+
+
+@pytest.mark.parametrize("horizon", [1, 4, 10, 50])
+def test_without_data_actions_of_two_still_fit_and_a_little_more_is_cut(horizon):
+    codec = FASTCodec.unfitted(horizon, 2, max_tokens=7)
+    low = -int(np.ceil(20 * sqrt(horizon)))
+    assert (codec.min_token, codec.vocab_size, codec.max_tokens) == (low, max(256, -2 * low), 7)
+    edge = np.full((1, horizon, 2), -2.0)
+    np.testing.assert_allclose(codec.decode(codec.encode(edge)), edge, atol=0.06)
+    assert codec.clipped == 0
+    codec.encode(1.2 * edge)
+    assert codec.clipped == 1
+
+
+def published_merges(texts: list[str], vocab_size: int) -> Tokenizer:
+    """As the published code trains it, on all bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    options = {
+        "vocab_size": vocab_size,
+        "min_frequency": 2,
+        "max_token_length": 10_000,
+        "show_progress": False,
+    }
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(**options, initial_alphabet=alphabet, special_tokens=[])
+    )
+    return tokenizer
+
+
+TEXTS = {
+    "pairs that occur once": ["ab" * 3 + "cd", "xyz", "ab"],
+    "words and spaces": [" go  to the\tend", "go to the end ", "don't go to"],
+    "one token that could be very long": ["a" * 20_000] * 2,
+    "letters beyond a byte": ["éàé" * 4, "\u07ff\u0400" * 3],
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("vocab_size", [256, 260, 400])
+def test_merges_are_the_published_ones(name, vocab_size, capfd):
+    found = train_merges(TEXTS[name], vocab_size)
+    assert found.to_str() == published_merges(TEXTS[name], vocab_size).to_str()
+    assert 256 <= found.get_vocab_size() <= vocab_size
+    for text in TEXTS[name]:
+        assert found.decode(found.encode(text).ids) == text
+    assert max(map(len, found.get_vocab())) <= 10_000
+    assert capfd.readouterr() == ("", "")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_saving_makes_the_folder_and_may_be_repeated(codec, tmp_path):
+    for _ in range(2):
+        codec.save(tmp_path / "a" / "b")
+    assert FASTCodec.from_pretrained(tmp_path / "a" / "b").num_tokens == codec.num_tokens
+
+
+def test_the_saved_tokenizer_leaves_blanks_alone(folder):
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings == {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+
+
+def test_padding_and_truncation_of_a_file_are_not_used(codec, folder):
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_padding(length=50)
+    tokenizer.enable_truncation(max_length=3)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    new = motions(5, seed=8)
+    assert FASTCodec.from_pretrained(folder).encode(new) == codec.encode(new)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_special_tokens_of_a_file_are_neither_added_nor_skipped(codec, folder, special):
+    """A file may name a token as special, or frame every text: a coefficient is none the less what it is."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if special:
+        tokenizer.add_special_tokens(["b"])
+    else:
+        ids = [(text, tokenizer.token_to_id(text)) for text in ("a", "b")]
+        tokenizer.post_processor = processors.BertProcessing(*ids)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    loaded, new = FASTCodec.from_pretrained(folder), motions(30, seed=9)
+    if not special:
+        assert loaded.encode(new) == codec.encode(new)
+    np.testing.assert_array_equal(loaded.decode(loaded.encode(new)), codec.decode(codec.encode(new)))
+    spoken = [[codec.tokenizer.token_to_id("b")] * 3]
+    np.testing.assert_array_equal(loaded.decode(spoken), codec.decode(spoken))
+
+
+@pytest.mark.parametrize("key", ["scale", "min_token", "vocab_size"])
+@pytest.mark.parametrize(
+    "value, said", [(True, "True, not a number"), (None, "None, not a number"), ("gone", "there is no")]
+)
+def test_each_number_of_a_file_has_to_be_one(folder, key, value, said):
+    _edit(folder, **{key: value})
+    with pytest.raises(ValueError, match=f"processor_config.json: .*{said}"):
+        FASTCodec.from_pretrained(folder)
+
+
+def test_a_misspelt_number_of_a_file_is_named_with_the_nearest(folder):
+    _edit(folder, scale="gone", scael=10)
+    with pytest.raises(ValueError, match="there is no 'scale'.*did you mean 'scael'"):
+        FASTCodec.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["7", "[[1", '"text"', "[1]", "[" * 100_000], ids=["number", "cut", "text", "list", "deep"]
+)
+def test_a_file_that_is_no_object_is_named(folder, content):
+    (folder / "processor_config.json").write_text(content)
+    with pytest.raises(ValueError, match="processor_config.json is not a JSON object"):
+        FASTCodec.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("key, name, size", [("time_horizon", "horizon", T), ("action_dim", "action_dim", D)])
+def test_a_size_is_the_files_or_the_callers(folder, key, name, size):
+    assert vars(FASTCodec.from_pretrained(folder))[name] == size
+    for other in (size - 1, size + 1):
+        with pytest.raises(ValueError, match=f"fitted with {key}={size}, the policy has {other}"):
+            FASTCodec.from_pretrained(folder, **{name: other})
+    _edit(folder, **{key: "gone"})
+    assert vars(FASTCodec.from_pretrained(folder, **{name: size + 1}))[name] == size + 1
+    with pytest.raises(ValueError, match=f"holds no {key}; pass it"):
+        FASTCodec.from_pretrained(folder)
+
+
+def test_the_numbers_of_a_file_reach_the_codec(folder):
+    _edit(folder, scale=12.5, min_token=-7, vocab_size=700)
+    codec = FASTCodec.from_pretrained(folder, max_tokens=9)
+    assert (codec.scale, codec.min_token, codec.vocab_size, codec.max_tokens) == (12.5, -7, 700, 9)
+
+
+def test_the_hubs_own_folder_of_the_tokenizer_comes_first(folder, codec):
+    (folder / "bpe_tokenizer").mkdir()
+    (folder / "tokenizer.json").rename(folder / "bpe_tokenizer" / "tokenizer.json")
+    assert FASTCodec.from_pretrained(folder).num_tokens == codec.num_tokens
+    (folder / "tokenizer.json").write_text("another one")
+    assert FASTCodec.from_pretrained(folder).num_tokens == codec.num_tokens
+
+
+# --- the program, option by option ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "limit, frames",
+    [(100, range(9)), (9, range(9)), (3, [0, 4, 8]), (2, [0, 8]), (5, [0, 2, 4, 6, 8])],
+)
+def test_windows_begin_evenly_over_the_frames_and_hold_an_episodes_last_action(limit, frames):
+    actions = np.arange(9.0)[:, None] * [1, 10]
+    found = action_windows(actions, [0, 4, 9], 3, limit)
+    ends = [3 if frame < 4 else 8 for frame in frames]
+    rows = [[min(frame + k, end) for k in range(3)] for frame, end in zip(frames, ends, strict=True)]
+    np.testing.assert_array_equal(found, actions[np.array(rows)])
+
+
+def test_the_report_says_what_was_measured():
+    codec = FASTCodec.unfitted(4, 3)
+    chunks = np.random.default_rng(0).uniform(0, 1, (5, 4, 3)) * np.array([1, 1, 5, 7, 9])[:, None, None]
+    counts = [len(ids) for ids in codec.encode(chunks)]
+    error = codec.decode(codec.encode(chunks)) - chunks
+    rms, largest = np.sqrt((error**2).mean()), np.abs(error).max()
+    assert len(set(counts)) > 1
+    assert fit_report(codec, chunks).splitlines() == [
+        f"256 tokens; a chunk of 4 x 3 = 12 numbers takes {np.mean(counts):.1f} tokens (at most {max(counts)}), "
+        f"{12 / np.mean(counts):.1f} times fewer",
+        f"round trip in normalised units: rms {rms:.4f} (bound 0.0500), largest {largest:.4f} (bound 0.1000)",
+    ]
+
+
+class Asked(Exception):
+    """What the dataset was asked for."""
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the program's arguments ask of the dataset, and of the rest."""
+
+    def dataset(*given, **more):
+        raise Asked(given, more)
+
+    monkeypatch.setattr(fast_module, "LeRobotDataset", dataset)
+
+    def ask(*words):
+        with pytest.raises(Asked) as caught:
+            main([*ARGUMENTS, *words])
+        return caught.value.args
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    "words, change",
+    [
+        ([], {}),
+        (["--action_key", "action.arm"], {"action_key": "action.arm"}),
+        (["--cameras", "top", "left"], {"cameras": ["top", "left"]}),
+        (["--follow_links"], {"follow_links": True}),
+    ],
+)
+def test_each_option_reaches_the_dataset(asked, words, change):
+    plain = {"horizon": 6, "cameras": None, "action_key": "action", "state_key": None, "follow_links": False}
+    assert asked(*words) == (("data",), plain | change)
+
+
+def test_what_is_not_said_has_these_values(monkeypatch):
+    seen = []
+    monkeypatch.setattr(fast_module, "_fit", seen.append)
+    main(["fit", "--dataset", "d", "--horizon", "3", "--out", "o"])
+    assert vars(seen[0]) == {
+        "command": "fit", "dataset": "d", "horizon": 3, "out": "o", "action_key": "action", "cameras": None,
+        "follow_links": False, "vocab_size": 1024, "scale": 10.0, "mode": ["q99"], "limit": 50_000,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", ["fit", "--dataset", "--horizon", "--out"])
+def test_what_has_to_be_said_is_named(missing, capsys):
+    place = ARGUMENTS.index(missing)
+    with pytest.raises(SystemExit):
+        main(ARGUMENTS[:place] + ARGUMENTS[place + (1 if missing == "fit" else 2) :])
+    assert ("command" if missing == "fit" else missing) in capsys.readouterr().err or missing == "fit"
+
+
+def test_one_window_is_enough_and_none_is_refused(motion, capsys):
+    with pytest.raises(SystemExit):
+        main([*ARGUMENTS, "--limit", "0"])
+    assert "--limit 0 leaves no window to fit on" in capsys.readouterr().err
+    main([*ARGUMENTS, "--limit", "1", "--mode", "min_max"])
+    assert "1 windows of 90 frames, actions normalised with min_max" in capsys.readouterr().out
+
+
+def test_each_number_may_be_normalised_in_its_own_way(motion, capsys):
+    main([*ARGUMENTS, "--mode", "min_max", "mean_std"])
+    printed = capsys.readouterr().out
+    assert "actions normalised with min_max, mean_std" in printed and "wrote out; use it as" in printed
+    rows = motion.reshape(-1, 2).astype(np.float32)
+    both = Normalizer(compute_statistics(rows), ["min_max", "mean_std"]).normalize(rows).reshape(3, 30, 2)
+    codec = FASTCodec.from_pretrained("out")
+    assert codec.min_token == min(
+        np.rint(
+            np.einsum("kt,ntd->nkd", cosines(6), action_windows(both.reshape(-1, 2), [0, 30, 60, 90], 6, 90))
+            * 10
+        ).min(),
+        0,
+    )

@@ -11,7 +11,7 @@ import torch
 from vla_bench.models.features import BackboneSizes, Features
 from vla_bench.models.heads import flow
 from vla_bench.models.heads.flow import flow_loss
-from vla_bench.models.heads.flow_matching import FlowMatchingHead
+from vla_bench.models.heads.flow_matching import DiTFlowHead, FlowMatchingHead
 from vla_bench.models.heads.head import HeadSizes
 from vla_bench.models.heads.layerwise_flow import LayerwiseFlowMatchingHead
 from vla_bench.registry import HEADS, RegistryError
@@ -283,6 +283,12 @@ def test_a_misspelt_argument_is_named():
     build = partial(HEADS.build, sizes=SIZES)
     with pytest.raises(RegistryError, match="did you mean 'num_layers'"):
         build({"type": "FlowMatching", "num_layer": 2})
+
+
+def test_what_the_blocks_look_at_is_for_a_subclass_to_say(flow_case):
+    head = flow_case("last").build()
+    with pytest.raises(NotImplementedError):
+        DiTFlowHead.contexts(head, flow_case("last").features())
 
 
 # --- refused, with what to write instead ------------------------------------------------------------------------------

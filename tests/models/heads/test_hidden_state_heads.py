@@ -78,21 +78,23 @@ def test_gradients_reach_valid_tokens_alone(kit, name):
 
 
 @every_head
-def test_dimensions_that_the_robot_lacks_do_not_count(kit, name):
+@pytest.mark.parametrize("has", [1, 2])
+def test_dimensions_that_the_robot_lacks_do_not_count(kit, name, has):
     head, (features, actions) = kit.build(name), kit.data()
-    head.valid_action_dim = 2
+    head.valid_action_dim = has
     other = actions.clone()
-    other[..., 2] = 7.0
+    other[..., has:] = 7.0
     assert kit.loss(head, features, other) == kit.loss(head, features, actions)
-    assert kit.predict(head, features)[..., :2].abs().min() > 0
+    assert kit.predict(head, features)[..., :has].abs().min() > 0
 
 
 @sampled_head
-def test_dimensions_that_the_robot_lacks_are_zero(kit, name):
+@pytest.mark.parametrize("has", [1, 2])
+def test_dimensions_that_the_robot_lacks_are_zero(kit, name, has):
     """These heads read their own predictions again and must not see them."""
     head, (features, _) = kit.build(name), kit.data()
-    head.valid_action_dim = 2
-    assert not kit.predict(head, features)[..., 2].any()
+    head.valid_action_dim = has
+    assert not kit.predict(head, features)[..., has:].any()
 
 
 @sampled_head
