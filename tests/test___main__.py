@@ -96,6 +96,11 @@ MISTAKES = {
         "wrong": (["nowhere.hdf5", "new", "--images", "flop"], "invalid choice: 'flop'"),
         "no file": (["nowhere.hdf5", "new", "--images", "flip"], "nowhere.hdf5 is missing"),
     },
+    "from_rlds": {
+        "missing": (["nowhere", "new", "--fps", "5"], "--last_step"),
+        "wrong": (["nowhere", "new", "--fps", "x", "--last_step", "keep"], "--fps"),
+        "no file": (["nowhere", "new", "--fps", "5", "--last_step", "keep"], "nowhere"),
+    },
     "conversations": {
         "missing": ([], "--config_yaml"),
         "wrong": (["--config_yaml", str(RUN), "--sample", "x"], "--sample"),

@@ -26,6 +26,7 @@ COMMANDS = {
     "doctor": ("vla_bench.data.doctor", "what looks wrong with a dataset, worst first"),
     "dataset": ("vla_bench.data.surgery", "delete, split, merge, trim, rewrite, rename and convert datasets"),
     "from_hdf5": ("vla_bench.data.hdf5", "turn demonstrations of LIBERO and robomimic into a dataset"),
+    "from_rlds": ("vla_bench.data.rlds", "turn episodes of TensorFlow Datasets into a dataset"),
     "conversations": ("vla_bench.data.conversations", "check image-text data and print one sample"),
     "convert": (
         "vla_bench.models.interop.convert",

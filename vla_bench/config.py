@@ -171,7 +171,7 @@ NAMES = (
     "framework.vlm.base_vlm",
     "framework.pretrained_name_or_path",
     "trainer.pretrained_checkpoint",
-    *(f"datasets.vla_data.{key}" for key in ("root", "cameras", "action_key", "state_key")),
+    *(f"datasets.vla_data.{key}" for key in ("root", "cache", "cameras", "action_key", "state_key")),
     *(f"evaluation.{key}" for key in ("benchmark", "tasks")),
 )
 

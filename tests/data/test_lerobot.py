@@ -350,3 +350,36 @@ def test_the_program_prints_width_and_height_of_each_camera(make, tmp_path, caps
     lines = of_program(capsys, str(root))
     assert lines[1].startswith("  30 Hz, cameras top, tall; action (")
     assert lines[2] == "  image         ['RGB 64 x 48', 'RGB 20 x 40']"
+
+
+def configuration(path, **section):
+    path.write_text(json.dumps({"datasets": {"vla_data": section}}))
+    return ["--config_yaml", str(path)]
+
+
+def test_the_program_checks_every_dataset_of_a_mixture_by_its_own_settings(roots, make, tmp_path, capsys):
+    features = {"actions": make.vector(3), make.TOP: make.camera()}
+    other = make.v21(tmp_path / "other", features=features, extra={"actions": make.counting(3)})
+    entries = [{"dataset": str(roots["v3.0"]), "cameras": ["wrist"], "name": "first"}]
+    entries.append({"dataset": str(other), "action_key": "actions", "state_key": None})
+    check_program(configuration(tmp_path / "mixture.yaml", mixture=entries))
+    printed = capsys.readouterr().out
+    assert "5 episodes, 40 frames" in printed and "2 episodes, 11 frames" in printed
+    assert "cameras wrist;" in printed
+    next(other.rglob("*.mp4")).unlink()
+    with pytest.raises(SystemExit) as stop:
+        check_program(configuration(tmp_path / "mixture.yaml", mixture=entries))
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 1 and all(line.startswith("problem: ") and "other" in line for line in lines)
+
+
+def test_the_program_knows_cameras_by_the_roles_of_a_robot(make, tmp_path, capsys):
+    robot = tmp_path / "robot.yaml"
+    robot.write_text(
+        "description: an arm\nsources: []\nrates: [30]\ncameras: {overview: [top]}\n"
+        "state: &parts [{name: arm, dims: [a, b, c], kind: joint, unit: rad}]\naction: *parts\n"
+    )
+    root = make.v21(tmp_path / "arm")
+    words = configuration(tmp_path / "c.yaml", root=str(root), robot=str(robot), cameras=["overview"])
+    check_program(words)
+    assert "cameras top;" in capsys.readouterr().out

@@ -300,3 +300,14 @@ def test_numbers_of_info_json_lie_in_a_range(field, good, bad):
 
 def test_a_message_of_a_library_is_cut_and_put_on_one_line():
     assert one_line(ValueError("a\n  b\tc")) == "a b c" and len(one_line(ValueError("x" * 500))) == 200
+
+
+@pytest.mark.parametrize("which", ["data/*/*.parquet", "meta/episodes/*/*.parquet", "meta/tasks.parquet"])
+def test_a_column_whose_name_is_no_text_is_one_line_with_its_file(make, tmp_path, which):
+    root = make.v30(tmp_path / "arm")
+    path = next(root.glob(which))
+    content = path.read_bytes()
+    name = max((n.encode() for n in pq.read_schema(path).names), key=len)
+    path.write_bytes(content.replace(name, b"\xe4" + name[1:]))
+    lines = validate(root)
+    assert len(lines) == 1 and str(path) in lines[0] and "\n" not in lines[0]

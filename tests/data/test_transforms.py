@@ -12,6 +12,7 @@ from vla_bench.data.transforms import (
     ColorJitter,
     Crop,
     ImageTransforms,
+    Pad,
     RandomShift,
     Resize,
     resize_image,
@@ -39,10 +40,13 @@ def test_the_choices_are_these():
         "pad",
         "crop",
     )
-    assert (
-        TRANSFORMS.items()
-        >= {"resize": Resize, "crop": Crop, "shift": RandomShift, "color_jitter": ColorJitter}.items()
-    )
+    assert TRANSFORMS == {
+        "resize": Resize,
+        "pad": Pad,
+        "crop": Crop,
+        "shift": RandomShift,
+        "color_jitter": ColorJitter,
+    }
     assert [FILTERS[name] for name in FILTERS] == [Image.Resampling[name.upper()] for name in FILTERS]
 
 
@@ -263,3 +267,20 @@ def test_later_images_are_drawn_for_with_the_present_ones():
         assert all(map(same, [*found["image"], *found["future"]], expected))
         assert (found["lang"], found["state"]) == ("go", 1) and len(sample["image"]) == 2
     assert "future" not in transform_sample({"image": [picture()]}, STEPS)
+
+
+@pytest.mark.parametrize("height, width", [(20, 30), (21, 33), (40, 30), (27, 64)])
+def test_a_pad_frames_the_image_in_its_middle(height, width):
+    image, value = picture(), 9
+    framed = pixels(Pad(height, width, value).eval([image])[0])
+    top, left = (height - image.height) // 2, (width - image.width) // 2
+    expected = np.full((height, width, 3), value)
+    expected[top : top + image.height, left : left + image.width] = pixels(image)
+    assert (framed == expected).all()
+    assert same(Pad(height, width, value).train([image], None)[0], Image.fromarray(framed.astype(np.uint8)))
+
+
+@pytest.mark.parametrize("height, width", [(19, 30), (20, 29)])
+def test_a_pad_that_is_smaller_than_the_image_is_refused(height, width):
+    with pytest.raises(ValueError, match=f"an image of 20 x 30 is larger than {height} x {width}"):
+        Pad(height, width).eval([picture()])

@@ -114,6 +114,18 @@ def test_with_a_weight_of_zero_it_is_imitation_bit_for_bit(both, config, framewo
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+@pytest.mark.parametrize("framework", ["OFT", "PI05"])
+def test_without_robots_the_backbone_learns_from_language_alone(both, framework):
+    run = set_up(both("--trainer.loss_scale.vla 0 --trainer.warmup_steps 0", framework), read_conversations)
+    before, micro = weights(run), next(micro_batches(run))
+    assert list(micro) == ["vlm"]
+    loss, _ = update(run, [micro])
+    assert loss == pytest.approx(0.1 * run.losses["language_loss"], rel=1e-6)
+    moved = {n for n, p in run.framework.named_parameters() if not torch.equal(p, before[n])}
+    trained = {n for n, p in run.framework.named_parameters() if p.requires_grad}
+    assert moved and moved <= trained and all(name.startswith("vlm.") for name in trained)
+
+
 @pytest.mark.parametrize("framework", ["OFT", "GR00T", "OpenVLA", "PI05"])
 def test_every_trainable_weight_gets_a_gradient(both, framework):
     """DDP waits for all of them: a weight without a gradient would stop a run of several processes."""

@@ -292,5 +292,8 @@ def test_the_defaults_are_these():
         "observation_steps": 1,
         "observation_stride": 1,
         "future_frames": [],
+        "streaming": False,
+        "buffer_size": 10_000,
+        "cache": None,
     }
     assert RunSettings("runs", "mine").seed == 0

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from vla_bench.config import ConfigError, load_config
+from vla_bench.data.conversations import ConversationSettings
 from vla_bench.evaluation.rollout import EvaluationSettings
 from vla_bench.training.imitation import train
 from vla_bench.training.run import set_up
@@ -189,6 +190,8 @@ def test_the_shipped_configurations_have_no_unread_key(path, framework):
     cfg.require_sections()
     cfg.trainer.into(TrainerSettings), cfg.datasets.vla_data.into(DataSettings)
     cfg.evaluation.into(EvaluationSettings), cfg.framework.to_dict()
+    if "vlm_data" in cfg.datasets:
+        cfg.datasets.vlm_data.into(ConversationSettings)
     assert [cfg.get(key) is None for key in ("seed", "run_id", "run_root_dir")] == [False] * 3
     cfg.require_read()
     assert cfg.unread() == []

@@ -13,43 +13,25 @@ __all__ = ['Report', 'place_of', 'Target', 'write_rows', 'clip_of', 'write_video
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import ExitStack
-from contextlib import contextmanager
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from .episode_plan import Piece
-from .episode_plan import Source
-from .episode_plan import check_alike
-from .episode_plan import plan_tasks
-from .row_copy import as_schema
-from .row_copy import image_statistics
-from .row_copy import new_rows
-from .row_copy import numbers_of
-from .row_copy import summaries
+
+from .episode_plan import Piece, Source, check_alike, named_column, plan_tasks
 from .paths import DatasetError
+from .row_copy import as_schema, image_statistics, new_rows, numbers_of, summaries
 from .schema import one_line
-from .video import VideoError
-from .video import reader
-from .video_copy import Clip
-from .video_copy import copy_runs
-from .video_copy import plan_files
-from .writer import PATHS
-from .writer import column_summary
-from .writer import write_tasks_v3
-from ..files import MANIFEST
-from ..files import read_json
-from ..files import write_json
-from ..files import write_manifest
-from ..files import write_whole_folder
+from .video import VideoError, reader
+from .video_copy import Clip, copy_runs, plan_files
+from .writer import PATHS, column_summary, write_tasks_v3
+from ..files import MANIFEST, read_json, write_json, write_manifest, write_whole_folder
 from ..registry import suggest
 
 # %% ../../nbs/data/87_edited_dataset.ipynb #2807af22
@@ -218,30 +200,30 @@ def is_unchanged(pieces: Sequence[Piece]) -> bool:
     )
 
 # %% ../../nbs/data/87_edited_dataset.ipynb #e666a91d
-_USUAL = {"state": "observation.state", "action": "action"}
-
-
 def new_modality(source: Source) -> dict[str, Any]:
     """The content of `meta/modality.json` with the new names of features."""
+    if not source.names:
+        return source.modality
     return {
         role: {
-            _short(role, name, entry, source): _renamed(role, name, entry, source)
-            for name, entry in entries.items()
+            n: e for name, entry in entries.items() for n, e in [_entry_renamed(role, name, entry, source)]
         }
+        if isinstance(entries, Mapping)
+        else entries
         for role, entries in source.modality.items()
     }
 
 
-def _renamed(role: str, name: str, entry: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    column = entry.get("original_key") or _USUAL.get(role, f"{role}.{name}")
-    return {**entry, **({"original_key": source.name(column)} if column in source.names else {})}
-
-
-def _short(role: str, name: str, entry: Mapping[str, Any], source: Source) -> str:
-    """A camera that was called by the last word of its feature is called by the last word of the new one."""
-    old = entry.get("original_key")
-    follows = role == "video" and old in source.names and name == old.rpartition(".")[2]
-    return source.names[old].rpartition(".")[2] if follows else name
+def _entry_renamed(role: str, name: str, entry: Any, source: Source) -> tuple[str, Any]:
+    """An entry with its column's new name. A camera called by the last word of its feature stays called so."""
+    old = named_column(role, name, entry)
+    if old not in source.names:
+        return name, entry
+    follows = role == "video" and name == old.rpartition(".")[2]
+    return source.name(old).rpartition(".")[2] if follows else name, {
+        **(entry or {}),
+        "original_key": source.name(old),
+    }
 
 # %% ../../nbs/data/87_edited_dataset.ipynb #f57b3a2e
 def pooled(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -6,35 +6,26 @@ Docs: https://vla-bench.github.io/vla_bench/data/episode_plan.html.md"""
 
 # %% auto #0
 __all__ = ['Source', 'read_jsonl_lines', 'open_source', 'check_names', 'Piece', 'pieces_of', 'differences', 'check_alike',
-           'task_columns', 'plan_tasks']
+           'named_column', 'task_columns', 'plan_tasks']
 
 # %% ../../nbs/data/84_episode_plan.ipynb #6afbf70c
 import json
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import pyarrow as pa
-from .columns import flat_names
-from .columns import read_columns
-from .images import image_shape
-from .images import not_rgb
-from .lerobot_files import DatasetFiles
-from .lerobot_files import Episode
-from .lerobot_files import read_files
+
+from .columns import flat_names, read_columns
+from .images import image_shape, not_rgb
+from .lerobot_files import DatasetFiles, Episode, read_files
 from .paths import DatasetError
-from .schema import one_line
-from .schema import open_table
-from .table import check_episode_rows
-from .table import check_episodes
-from .table import runs
+from .schema import one_line, open_table
+from .table import check_episode_rows, check_episodes, runs
 from .writer import INDEX_FEATURES
-from ..files import check_manifest
-from ..files import read_json
+from ..files import check_manifest, read_json
 from ..registry import suggest
 
 # %% ../../nbs/data/84_episode_plan.ipynb #6a89ff51
@@ -212,10 +203,20 @@ def check_alike(sources: Sequence[Source]) -> None:
             raise DatasetError(line)
 
 # %% ../../nbs/data/84_episode_plan.ipynb #2e4f26ab
+_USUAL = {"state": "observation.state", "action": "action"}
+
+
+def named_column(role: str, name: str, entry: Any) -> str:
+    """The column that an entry of `modality.json` is about: the one that it names, or the usual one of its role."""
+    key = entry.get("original_key") if isinstance(entry, Mapping) else None
+    return key if isinstance(key, str) else _USUAL.get(role, f"{role}.{name}")
+
+
 def task_columns(source: Source) -> list[str]:
     """The columns whose numbers name instructions."""
-    told = source.modality.get("annotation") or {}
-    named = [entry.get("original_key") or f"annotation.{name}" for name, entry in told.items()]
+    told = source.modality.get("annotation")
+    entries = told.items() if isinstance(told, Mapping) else ()
+    named = [named_column("annotation", name, entry) for name, entry in entries]
     more = [n for n, f in source.files.features.items() if n.startswith("annotation.") or n in named]
     whole = [n for n in more if source.files.features[n].dtype.startswith(("int", "uint"))]
     return list(dict.fromkeys(["task_index", *whole]))

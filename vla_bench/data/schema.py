@@ -224,8 +224,10 @@ _COLUMN = {
 def open_table(folder: Folder, path: Path) -> pq.ParquetFile:
     """A parquet file. Raises `DatasetError` naming one that is missing, or is none."""
     try:
-        return pq.ParquetFile(folder.check(path))
-    except (pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(folder.check(path))
+        _ = file.schema_arrow.names  # decoded here, so that a name that is no text is told with the file
+        return file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read as parquet: {one_line(error)}") from error
 
 

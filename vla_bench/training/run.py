@@ -77,6 +77,7 @@ from vla_bench.training.sources import (
     Source,
     check_insulation,
     framework_weights,
+    freeze_untaught,
     robot_source,
     robots_alone,
     weighted,
@@ -258,7 +259,13 @@ def _named(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**tree, "datasets": {**tree["datasets"], "vla_data": {**section, "mixture": named}}}
 
 # %% ../../nbs/training/25_run.ipynb #2fa619e6
-PLACES = ("run_root_dir", "run_id", "datasets.vla_data.root", "framework.vlm.base_vlm")
+PLACES = (
+    "run_root_dir",
+    "run_id",
+    "datasets.vla_data.root",
+    "datasets.vla_data.cache",
+    "framework.vlm.base_vlm",
+)
 _FOLDERS = re.compile(
     r"datasets\.vla_data\.(root|mixture\[\d+\]\.dataset) is "
 )  # of data; what they hold is compared
@@ -606,6 +613,7 @@ def set_up(
     order, size = data.order(seed), settings.per_device_batch_size
     robots = robot_source(framework.prepare, view, size, order)
     learnt = weighted([robots, *open_others(framework)], settings.loss_scale or {})
+    freeze_untaught(framework, learnt)
     optimizer, scheduler = make_optimizer(framework, settings)
     check_insulation(framework, learnt)
     parts = parts_table(framework, optimizer.param_groups)

@@ -6,7 +6,7 @@ Docs: https://vla-bench.github.io/vla_bench/training/sources.html.md"""
 
 # %% auto #0
 __all__ = ['ReadOthers', 'Source', 'count_actions', 'action_losses', 'robot_source', 'Objective', 'framework_weights', 'weighted',
-           'robots_alone', 'check_insulation']
+           'freeze_untaught', 'robots_alone', 'check_insulation']
 
 # %% ../../nbs/training/24_sources.ipynb #2fe95d98
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config import Config, ConfigError, suggest
 from ..data.order import MixtureOrder
+from ..data.streaming import ShardOrder
 from ..models.frameworks.framework import Framework
 from .loop import AugmentedView
 
@@ -34,7 +35,7 @@ class Source:
     count: Callable[[dict[str, Any]], int]  # how many numbers of a batch it is a mean over
     batch_size: int  # samples per process and micro-batch
     weight: float = 1.0  # trainer.loss_scale.NAME
-    order: MixtureOrder | None = None  # see `BatchSampler`
+    order: MixtureOrder | ShardOrder | None = None  # see `BatchSampler`
     files: Mapping[str, str] = field(
         default_factory=dict
     )  # file to hash; a run is continued on the same ones only
@@ -57,7 +58,7 @@ def robot_source(
     prepare: Callable[[list], dict[str, Any]],  # the framework's
     view: AugmentedView,
     batch_size: int,
-    order: MixtureOrder | None = None,
+    order: MixtureOrder | ShardOrder | None = None,
 ) -> Source:
     """What robots did."""
     return Source("vla", view, prepare, action_losses, "action_loss", count_actions, batch_size, order=order)
@@ -100,6 +101,14 @@ def weighted(
     if not (kept := {name: source for name, source in found.items() if source.weight}):
         raise ConfigError("trainer.loss_scale is 0 for every source, so there is nothing to learn")
     return kept
+
+# %% ../../nbs/training/24_sources.ipynb #cd23cd48
+def freeze_untaught(framework: Framework, sources: Mapping[str, Source]) -> None:
+    """Freezes all but the backbone where no robot teaches anything else."""
+    if "vla" not in sources:
+        for name, parameter in framework.named_parameters():
+            if not name.startswith("vlm."):
+                parameter.requires_grad_(False)
 
 # %% ../../nbs/training/24_sources.ipynb #aa8bd34e
 ReadOthers = Callable[[Config], Callable[[Framework], Sequence[Source]]]
