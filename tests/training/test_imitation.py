@@ -536,3 +536,14 @@ def test_errors_are_named_by_dataset_in_a_mixture_and_plain_otherwise(monkeypatc
 
     monkeypatch.setattr(imitation, "held_out_errors", errors)
     assert imitation.evaluate(SimpleNamespace(data=data)) == expected
+
+
+def test_a_run_that_leaves_says_so_lets_go_of_the_model_and_ends_with_143(monkeypatch):
+    done = []
+    monkeypatch.setattr(imitation, "finish", lambda run: done.append(("finish", run.step)))
+    accelerator = SimpleNamespace(print=lambda text, file: done.append((text, file)))
+    run = SimpleNamespace(step=3, settings=SimpleNamespace(max_train_steps=8), accelerator=accelerator)
+    with pytest.raises(SystemExit) as end:
+        imitation.leave(run)
+    text = "SIGTERM: stopped after step 3 of 8, which is saved; continue with --trainer.resume true"
+    assert done == [(text, sys.stderr), ("finish", 3)] and end.value.code == 143
