@@ -59,6 +59,13 @@ def numbers(run) -> dict:
 
 
 VLA = "datasets.vla_data"
+
+
+def words(value: dict | set) -> str:
+    """The name of a case, which is the same in every process."""
+    return str(value)[:40] if isinstance(value, dict) else ",".join(sorted(value))
+
+
 SEEN = {"images", "pixels"}
 SPLIT = {"training episodes", "held-out episodes", "order", "actions", "state"}
 CHANGES = [
@@ -176,7 +183,7 @@ OF_AN_ARM = [
 ]
 
 
-@pytest.mark.parametrize("change, names", OF_AN_ARM, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("change, names", OF_AN_ARM, ids=words)
 def test_a_setting_of_a_robot_changes_what_it_names_and_nothing_else(config, arm, unchanged, change, names):
     if "arm" not in unchanged:
         unchanged["arm"] = numbers(of_the_arm(config, arm, {}, name="unchanged"))
@@ -214,7 +221,7 @@ OF_AN_ENTRY = [
 ]
 
 
-@pytest.mark.parametrize("change, names", OF_AN_ENTRY, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("change, names", OF_AN_ENTRY, ids=words)
 def test_an_entry_of_a_mixture_changes_what_it_names_and_nothing_else(config, arm, unchanged, change, names):
     first = {"dataset": str(arm / "one"), "robot": str(arm / "arm.yaml"), "weight": 1.0}
     second = {**first, "dataset": str(arm / "two")}
