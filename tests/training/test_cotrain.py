@@ -1,6 +1,9 @@
 """Training on robots and conversations at once, and on several sources in general."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -205,6 +208,25 @@ def test_a_continued_run_is_the_uninterrupted_one(both):
     assert logged(stopped, *names) == logged(straight, *names)
     ours, theirs = (load_file(list_checkpoints(run)[-1] / "model.safetensors") for run in (stopped, straight))
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_two_processes_train_and_measure_like_one(both, tmp_path):
+    """Their conversations have unequal numbers of tokens, and one asks three of the five that are held out."""
+    size = lambda robots, talk: [f"--trainer.per_device_batch_size {robots}", {"per_device_batch_size": talk}]
+    (wide, four), (half, two) = size(4, 4), size(2, 2)
+    alone = train(both(f"--run_id alone {wide}", "OFT", eval_dataset="talk", **four))
+    both(f"--run_id pair {half}", "OFT", eval_dataset="talk", **two).save(tmp_path / "pair.yaml")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "vla_bench.training.cotrain", "--config_yaml", tmp_path / "pair.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    assert result.returncode == 0, result.stderr[-3000:]
+    pair, names = tmp_path / "pair", ("loss", "action_loss", "language_loss")
+    for ours, theirs in zip(logged(pair, *names), logged(alone, *names), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    asked = ("eval/language_loss", "eval/answer_accuracy")
+    last = [read_metrics(run / "metrics.jsonl")[-1] for run in (pair, alone)]
+    assert [last[0][name] for name in asked] == pytest.approx([last[1][name] for name in asked], rel=1e-3)
 
 
 def test_a_run_is_not_continued_on_other_conversations(both, talk, tmp_path):

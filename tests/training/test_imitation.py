@@ -453,13 +453,6 @@ def test_the_bar_counts_the_steps_of_the_run_on_the_main_process():
                 assert (bar.total, bar.initial, bar.n, bar.desc.strip(": ")) == (10, 4, 4, "mine")
 
 
-def test_shares_are_those_of_the_actions_that_are_there():
-    accelerator = SimpleNamespace(device="cpu", reduce=lambda total, how: 2 * total if how == "sum" else None)
-    pads = [[[True, False], [False, False]], [[True, True], [True, False]]]
-    batches = [{"action_is_pad": torch.tensor(pad)} for pad in pads]
-    assert imitation.valid_shares(accelerator, batches) == pytest.approx([3 / 8, 1 / 8])
-
-
 def test_rates_are_told_once_per_module():
     groups = [{"name": n, "lr": lr} for n, lr in (("base", 1), ("base/no_decay", 1), ("vlm/no_decay", 0.5))]
     found = imitation.learning_rates(SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups)))
@@ -467,20 +460,23 @@ def test_rates_are_told_once_per_module():
     assert all(type(rate) is float for rate in found.values())
 
 
-def test_the_speed_counts_the_samples_of_all_processes():
-    settings = SimpleNamespace(per_device_batch_size=3, gradient_accumulation_steps=2)
-    run = SimpleNamespace(settings=settings, accelerator=SimpleNamespace(num_processes=4))
+def test_the_speed_counts_the_samples_of_all_sources_and_processes():
+    settings = SimpleNamespace(gradient_accumulation_steps=2)
+    sources = {name: SimpleNamespace(batch_size=size) for name, size in (("vla", 2), ("vlm", 1))}
+    run = SimpleNamespace(settings=settings, sources=sources, accelerator=SimpleNamespace(num_processes=4))
     found = imitation.speed(run, [(1.0, 2.0), (3.0, 6.0)])
     assert found == {"data_s": 2.0, "step_s": 4.0, "samples_per_s": 4.0}
 
 
-def test_names_of_our_own_in_a_row_of_the_log_are_kept_apart():
+@pytest.mark.parametrize("several", [False, True])
+def test_names_of_our_own_in_a_row_of_the_log_are_kept_apart(several):
+    """The only source's main loss is logged as `loss` already; of several each is told."""
     assert imitation.OWN == ("step", "loss", "grad_norm", "data_s", "step_s", "samples_per_s")
     losses = {name: float(i) for i, name in enumerate(("action_loss", *imitation.OWN, "more"))}
-    found = imitation.other_losses(SimpleNamespace(losses=losses))
-    assert found == {
-        f"loss/{n}" if n in imitation.OWN else n: v for n, v in losses.items() if n != "action_loss"
-    }
+    sources = {name: SimpleNamespace(loss=f"{name}_loss") for name in ("action", "language")[: 1 + several]}
+    found = imitation.other_losses(SimpleNamespace(losses=losses, sources=sources))
+    kept = {name: value for name, value in losses.items() if several or name != "action_loss"}
+    assert found == {f"loss/{n}" if n in imitation.OWN else n: v for n, v in kept.items()}
 
 
 def test_the_rows_of_two_processes_are_disjoint_and_as_many(measured, config, monkeypatch):
@@ -540,3 +536,14 @@ def test_errors_are_named_by_dataset_in_a_mixture_and_plain_otherwise(monkeypatc
 
     monkeypatch.setattr(imitation, "held_out_errors", errors)
     assert imitation.evaluate(SimpleNamespace(data=data)) == expected
+
+
+def test_a_run_that_leaves_says_so_lets_go_of_the_model_and_ends_with_143(monkeypatch):
+    done = []
+    monkeypatch.setattr(imitation, "finish", lambda run: done.append(("finish", run.step)))
+    accelerator = SimpleNamespace(print=lambda text, file: done.append((text, file)))
+    run = SimpleNamespace(step=3, settings=SimpleNamespace(max_train_steps=8), accelerator=accelerator)
+    with pytest.raises(SystemExit) as end:
+        imitation.leave(run)
+    text = "SIGTERM: stopped after step 3 of 8, which is saved; continue with --trainer.resume true"
+    assert done == [(text, sys.stderr), ("finish", 3)] and end.value.code == 143

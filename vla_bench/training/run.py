@@ -262,9 +262,9 @@ def _named(tree: Mapping[str, Any]) -> Mapping[str, Any]:
 PLACES = (
     "run_root_dir",
     "run_id",
+    "framework.vlm.base_vlm",
     "datasets.vla_data.root",
     "datasets.vla_data.cache",
-    "framework.vlm.base_vlm",
 )
 _FOLDERS = re.compile(
     r"datasets\.vla_data\.(root|mixture\[\d+\]\.dataset) is "
