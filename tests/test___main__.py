@@ -76,6 +76,14 @@ MISTAKES = {
         "wrong": (["--tasks", "drawer-open-v9", "--out", "new"], "did you mean 'drawer-open-v3'"),
         "no file": (["--tasks", "drawer-open-v3", "--out", HERE], Path(HERE).name),
     },
+    "collect": {
+        "missing": (["--run", str(RUN)], "--out"),
+        "wrong": (
+            ["--run", str(RUN), "--out", "new", "evaluation.episods=3"],
+            "did you mean 'evaluation.episodes'",
+        ),
+        "no file": (["--run", "nowhere", "--out", "new"], "nowhere"),
+    },
     "validate": {
         "missing": ([], "the dataset's folder is missing"),
         "wrong": (["--horizon", "x", "nowhere"], "--horizon"),

@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": ("vla_bench.evaluation.program", "evaluate a run in its simulator"),
     "report": ("vla_bench.evaluation.report", "print the success rates of a run"),
     "record": ("vla_bench.benchmarks.metaworld", "record MetaWorld's scripted experts as a dataset"),
+    "collect": ("vla_bench.evaluation.collect", "record the episodes of a run as a dataset"),
     "validate": ("vla_bench.data.lerobot", "check a LeRobot dataset and print one sample"),
     "doctor": ("vla_bench.data.doctor", "what looks wrong with a dataset, worst first"),
     "dataset": ("vla_bench.data.surgery", "delete, split, merge, trim, rewrite, rename and convert datasets"),
