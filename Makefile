@@ -97,12 +97,13 @@ docs: setup
 figures: setup
 	for notebook in figures/*.ipynb; do papermill $$notebook $(RUNS)/$$(basename $$notebook) --no-progress-bar; done
 
-# Every hot path beside its best peer.
+# Every hot path beside its best peer; LEROBOT=PYTHON names one that can import lerobot, for samples per second.
 speed: setup $(DATA)/meta/info.json
 	python experiments/speed/video_access.py $(DATA)
 	python experiments/speed/open_dataset.py
 	python experiments/speed/train_step.py
 	python experiments/speed/flow_sampling.py
+	$(if $(LEROBOT),python experiments/speed/samples.py $(LEROBOT))
 
 # Notebooks are the source: format them, write the package anew, keep only the outputs that teach.
 format: setup

@@ -56,6 +56,11 @@ MISTAKES = {
         ),
         "no file": (["--config_yaml", "nowhere.yaml"], "nowhere.yaml"),
     },
+    "cotrain": {
+        "missing": ([], "--config_yaml"),
+        "wrong": (["--config_yaml", str(RUN)], "datasets.vlm_data is missing"),
+        "no file": (["--config_yaml", "nowhere.yaml"], "nowhere.yaml"),
+    },
     "evaluate": {
         "missing": ([], "--run"),
         "wrong": (["--run", str(RUN), "evaluation.episods=3"], "did you mean 'evaluation.episodes'"),
@@ -90,6 +95,11 @@ MISTAKES = {
         "missing": (["nowhere.hdf5", "new"], "--images"),
         "wrong": (["nowhere.hdf5", "new", "--images", "flop"], "invalid choice: 'flop'"),
         "no file": (["nowhere.hdf5", "new", "--images", "flip"], "nowhere.hdf5 is missing"),
+    },
+    "from_rlds": {
+        "missing": (["nowhere", "new", "--fps", "5"], "--last_step"),
+        "wrong": (["nowhere", "new", "--fps", "x", "--last_step", "keep"], "--fps"),
+        "no file": (["nowhere", "new", "--fps", "5", "--last_step", "keep"], "nowhere"),
     },
     "conversations": {
         "missing": ([], "--config_yaml"),
@@ -222,7 +232,14 @@ def test_a_simulator_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, caps
 
 
 PACKAGE = Path(__file__).parents[1] / "vla_bench"
-FILES = ["training/imitation", "evaluation/program", "evaluation/report", "serving/policy", "scaffold"]
+FILES = [
+    "training/imitation",
+    "training/cotrain",
+    "evaluation/program",
+    "evaluation/report",
+    "serving/policy",
+    "scaffold",
+]
 FILES += [f"models/{name}" for name in ("compatibility", "interop/convert", "interop/fluxvla")]
 FILES += [
     f"models/backbones/{name}" for name in ("tiny", "tiny_composed")

@@ -18,6 +18,7 @@ from .registry import install_hint
 # %% ../nbs/97___main__.ipynb #12629a6b
 COMMANDS = {
     "train": ("vla_bench.training.imitation", "train a framework on demonstrations"),
+    "cotrain": ("vla_bench.training.cotrain", "train a framework on demonstrations and conversations"),
     "evaluate": ("vla_bench.evaluation.program", "evaluate a run in its simulator"),
     "report": ("vla_bench.evaluation.report", "print the success rates of a run"),
     "record": ("vla_bench.benchmarks.metaworld", "record MetaWorld's scripted experts as a dataset"),
@@ -25,6 +26,7 @@ COMMANDS = {
     "doctor": ("vla_bench.data.doctor", "what looks wrong with a dataset, worst first"),
     "dataset": ("vla_bench.data.surgery", "delete, split, merge, trim, rewrite, rename and convert datasets"),
     "from_hdf5": ("vla_bench.data.hdf5", "turn demonstrations of LIBERO and robomimic into a dataset"),
+    "from_rlds": ("vla_bench.data.rlds", "turn episodes of TensorFlow Datasets into a dataset"),
     "conversations": ("vla_bench.data.conversations", "check image-text data and print one sample"),
     "convert": (
         "vla_bench.models.interop.convert",

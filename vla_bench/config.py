@@ -171,7 +171,7 @@ NAMES = (
     "framework.vlm.base_vlm",
     "framework.pretrained_name_or_path",
     "trainer.pretrained_checkpoint",
-    *(f"datasets.vla_data.{key}" for key in ("root", "cameras", "action_key", "state_key")),
+    *(f"datasets.vla_data.{key}" for key in ("root", "cache", "cameras", "action_key", "state_key")),
     *(f"evaluation.{key}" for key in ("benchmark", "tasks")),
 )
 
@@ -334,8 +334,6 @@ def _is_at_or_below(key: str, others: Iterable[str]) -> bool:
 
 # %% ../nbs/20_config.ipynb #668a74c9
 NOT_YET = {
-    "trainer.loss_scale": "co-training, and weights of its losses,",
-    "datasets.vlm_data": "co-training with data of images and text",
     "wandb_project": "logging to Weights & Biases",
     "wandb_entity": "logging to Weights & Biases",
 }
@@ -478,12 +476,9 @@ def _names(self: Config) -> list[str]:
 @patch
 def require_names(self: Config, known: Sequence[str]) -> None:
     """Raises `ConfigError` for a key of this section that is not below one of the known names."""
-    whole = _is_at_or_below(self._prefix, NOT_YET)  # read by a program of its own, if by no trainer
     for key in self._names():
-        if not whole:
-            _refuse_not_yet(key, _select(self._tree, key), self._where)
         name = key.removeprefix(self._prefix + ".").partition(".")[0]
-        if name not in known and (whole or not _is_at_or_below(key, NOT_YET)):
+        if name not in known:
             self._refuse(key, name, known)
 
 

@@ -58,6 +58,7 @@ EXTRAS = {
     "pyarrow": "train",
     "av": "train",
     "h5py": "hdf5",
+    "google_crc32c": "rlds",
 } | {name: name for name in ("metaworld", "deepspeed", "wandb")}
 
 

@@ -105,6 +105,38 @@ def open_lerobot(root: str):
     return dataset, lerobot_collate_fn, f"lerobot {lerobot.__version__}, {backend}"
 
 
+def decode_ours(dataset):  # decodes one image of a sample's first camera
+    from vla_bench.data.video import reader
+
+    key = dataset.image_keys[0]
+
+    def decode(index: int) -> None:
+        episode, frame, _ = dataset.subset.locate(index)
+        path, start = episode.videos[key]
+        reader(path).read_at(start, episode.length, frame, frame / FPS, FPS)
+
+    return decode
+
+
+def decode_lerobot(dataset):  # torchcodec alone, as LeRobot opens it, without what LeRobot does around it
+    from fsspec import open as open_file
+    from torchcodec.decoders import VideoDecoder
+
+    key = f"observation.images.{CAMERAS[0]}"
+    lengths = np.array(dataset.meta.episodes["length"])
+    ends = np.cumsum(lengths)
+    begins = np.round(np.array(dataset.meta.episodes[f"videos/{key}/from_timestamp"]) * FPS).astype(int)
+    paths = [str(dataset.root / dataset.meta.get_video_file_path(e, key)) for e in range(len(lengths))]
+    decoders = {p: VideoDecoder(open_file(p).__enter__(), seek_mode="approximate") for p in sorted({*paths})}
+
+    def decode(index: int) -> None:
+        episode = int(np.searchsorted(ends, index, side="right"))
+        frame = int(begins[episode] + index - ends[episode] + lengths[episode])
+        decoders[paths[episode]].get_frames_at(indices=[frame])
+
+    return decode
+
+
 def shown(batch: dict) -> list[float]:
     """Mean brightness of the first image of each camera, to see that both sides return the same frames."""
     images = [batch.get(camera, batch.get(f"observation.images.{camera}")) for camera in CAMERAS]
@@ -122,10 +154,13 @@ def resources(pid: int) -> dict[str, float]:
 
 
 def serve(which: str, root: str) -> None:
-    """Reads a number of samples from each line of the input, loads so many, prints what that took."""
+    """Reads from each line of the input what to do and how often, does it, prints what that took."""
+    import torch
     from torch.utils.data import DataLoader
 
+    torch.set_num_threads(1)
     dataset, collate, name = {"ours": open_ours, "lerobot": open_lerobot}[which](root)
+    decode = {"ours": decode_ours, "lerobot": decode_lerobot}[which](dataset)
     order = np.random.default_rng(0)
     indices = [int(i) for _ in range(20) for i in order.permutation(len(dataset))]
     options = {"num_workers": 1, "persistent_workers": True, "prefetch_factor": 4}
@@ -133,12 +168,20 @@ def serve(which: str, root: str) -> None:
     batches = iter(loader)
     first = next(batches)
     worker = batches._workers[0].pid
-    print(json.dumps({"name": name, "shown": shown(first)}), flush=True)
+    print(
+        json.dumps({"name": name, "shown": shown(first), "images": len(dataset) * len(CAMERAS)}), flush=True
+    )
     for line in sys.stdin:
-        before, clock = resources(worker), time.perf_counter()
-        for _ in range(int(line) // BATCH):
-            next(batches)
-        after = resources(worker)
+        what, times = line.split()
+        process = worker if what == "load" else os.getpid()
+        before, clock = resources(process), time.perf_counter()
+        if what == "load":
+            for _ in range(int(times) // BATCH):
+                next(batches)
+        else:
+            for index in order.integers(0, len(dataset), int(times)):
+                decode(int(index))
+        after = resources(process)
         found = {"wall": time.perf_counter() - clock, "pss": after["pss"], "rss": after["rss"]}
         print(json.dumps({**found, "cpu": after["cpu"] - before["cpu"]}), flush=True)
 
@@ -159,9 +202,9 @@ class Loader:
             raise SystemExit(f"{' '.join(self.process.args)} ended with status {self.process.wait()}")
         return json.loads(line)
 
-    def load(self, samples: int) -> dict:
-        """Wall and CPU seconds of so many samples, and the worker's memory afterwards."""
-        self.process.stdin.write(f"{samples}\n")
+    def load(self, times: int, what: str = "load") -> dict:
+        """Wall and CPU seconds of so many samples, and the worker's memory afterwards; or of images: "decode"."""
+        self.process.stdin.write(f"{what} {times}\n")
         self.process.stdin.flush()
         return self._answer()
 
@@ -177,11 +220,15 @@ def compare(root: Path, python: str, samples: int, repeats: int, long: int) -> N
     brightness = [np.array(side.about["shown"]) for side in sides.values()]
     assert np.abs(brightness[0] - brightness[1]).max() < 2, f"not the same frames: {brightness}"
     found: dict[str, list[dict]] = {name: [] for name in sides}
+    decoded: dict[str, list[float]] = {name: [] for name in sides}
     for side in sides.values():
         side.load(samples // 2)  # files are opened, decoders made
+        side.load(100, "decode")
     for _ in range(repeats):
         for name, side in sides.items():
             found[name].append(side.load(samples))
+        for name, side in sides.items():
+            decoded[name].append(side.load(samples, "decode")["cpu"] / samples)
     cost = {}
     for name, side in sides.items():
         cpu, wall = (median(row[key] for row in found[name]) / samples for key in ("cpu", "wall"))
@@ -189,9 +236,12 @@ def compare(root: Path, python: str, samples: int, repeats: int, long: int) -> N
         memory = f"PSS {found[name][-1]['pss']:.0f} MiB, RSS {found[name][-1]['rss']:.0f} MiB"
         print(
             f"  {side.about['name']:32} CPU {1000 * cpu:6.3f} ms, clock {1000 * wall:6.3f} ms per sample; "
-            f"{1 / cpu:5.0f} samples per second of CPU; {memory}",
+            f"{1 / cpu:5.0f} samples per second of CPU; {memory}; "
+            f"the decoder alone {1000 * median(decoded[name]):.3f} ms per image",
             flush=True,
         )
+    size = sum(path.stat().st_size for path in root.rglob("*.mp4"))
+    print(f"  {size / sides['ours'].about['images'] / 1000:.1f} kB per image", flush=True)
     cpu, wall = (theirs / ours for ours, theirs in zip(cost["ours"], cost["lerobot"]))
     print(f"  {cpu:.1f} times less CPU, {wall:.1f} times less time on the clock", flush=True)
     sides["lerobot"].close()

@@ -338,17 +338,16 @@ def test_an_image_may_be_smaller_or_larger_than_mujocos_own(size):
     assert one.renderer is None
 
 
-def test_simulators_that_are_still_open_are_closed_at_exit():
-    ours = [Simulator(TASK, ("corner2",), (16, 16)) for _ in range(2)]
-    for one in ours:
-        one.reset(1)
-        one.frames()
-    assert set(ours) <= set(metaworld_module.OPEN)
-    kept = [one for one in metaworld_module.OPEN if one not in ours]
+def test_a_simulator_that_is_still_open_is_closed_at_exit():
+    one = Simulator(TASK, ("corner2",), (16, 16))
+    one.reset(1)
+    one.frames()
+    kept = [other for other in metaworld_module.OPEN if other is not one]
+    assert len(kept) < len(metaworld_module.OPEN)
     metaworld_module.OPEN.difference_update(kept)
     metaworld_module.close_simulators()
     metaworld_module.OPEN.update(kept)
-    assert all(one.renderer is None for one in ours)
+    assert one.renderer is None
 
 
 def test_an_episode_may_be_closed_twice(benchmark):
@@ -364,12 +363,6 @@ def test_a_demonstration_has_this_noise_and_these_steps_when_nothing_is_said(sim
     said = demonstrate(simulator, 11, render=False, noise=0.1, extra_steps=5, max_steps=500)
     np.testing.assert_array_equal(plain.action, said.action)
     assert plain.action.dtype == plain.state.dtype == np.float32
-    one = Simulator(TASK, ("topview", "corner"), (16, 24))
-    rendered = demonstrate(one, 11, extra_steps=0, max_steps=len(plain.action))
-    one.close()
-    assert {name: images.shape for name, images in rendered.images.items()} == {
-        name: (len(rendered.action), 16, 24, 3) for name in ("topview", "corner")
-    }
 
 
 class Fake:

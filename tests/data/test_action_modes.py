@@ -329,3 +329,16 @@ def test_what_a_file_holds_is_plain():
     for key in ("action", "state", "modes", "rotation"):
         with pytest.raises(ValueError, match="the encoding of the actions is incomplete"):
             encoding_from_dict({k: v for k, v in content.items() if k != key})
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KIND_OF_PART if kind != "rotation"])
+@pytest.mark.parametrize("mode", MODES)
+def test_how_rotations_are_seen_is_nothing_to_other_parts(kind, mode):
+    part = KIND_OF_PART[kind]
+    mode = "absolute" if kind == "gripper" else mode
+    plain, turned = (make_encoding([part], [part], {part.name: mode}, name) for name in ("", "rotation_6d"))
+    actions, state = np.array([[0.5], [-0.3]]), np.array([0.1])
+    encoded = encode_actions(turned, actions, state)
+    assert encoded.tolist() == encode_actions(plain, actions, state).tolist()
+    np.testing.assert_allclose(decode_actions(turned, encoded, state), actions, atol=1e-12)
+    assert encode_state(turned, state).tolist() == [0.1] and encoded_layout(turned).names == part.dims

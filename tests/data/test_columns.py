@@ -15,7 +15,7 @@ from vla_bench.data.layout import Layout
 from vla_bench.data.lerobot import LeRobotDataset, validate
 from vla_bench.data.lerobot_files import read_files
 from vla_bench.data.paths import DatasetError
-from vla_bench.data.schema import Feature, one_line, open_table, read_metadata_columns
+from vla_bench.data.schema import Feature, open_table, read_metadata_columns
 
 
 @pytest.mark.parametrize(
@@ -138,10 +138,6 @@ def test_a_file_that_cannot_be_opened_is_named(make, tmp_path, monkeypatch, erro
     monkeypatch.setattr(pq, "ParquetFile", broken)
     with pytest.raises(DatasetError, match="episode_000000.parquet cannot be read as parquet: "):
         open_table(files.folder, files.episodes[0].data)
-
-
-def test_a_message_of_a_library_is_cut_and_put_on_one_line():
-    assert one_line(ValueError("a\n  b\tc")) == "a b c" and len(one_line(ValueError("x" * 500))) == 200
 
 
 def test_columns_are_read_in_the_order_that_is_asked_for(make, tmp_path):

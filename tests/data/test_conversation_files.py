@@ -2,6 +2,8 @@
 
 import json
 import os
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from vla_bench.data.conversation_files import (
     as_messages,
     check_entry,
     chosen_rows,
+    find_source,
     image_path,
     parse_dataset_use,
     read_entries,
@@ -191,3 +194,38 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path, name):
 def test_a_folder_whose_name_begins_alike_is_another_folder(tmp_path):
     with pytest.raises(ConversationError):
         image_path(tmp_path / "images", str(tmp_path / "images2/a.png"), "here")
+
+
+@pytest.mark.parametrize(
+    "percent, count, wanted", [(100, 7, 7), (50, 7, 4), (50, 10, 5), (1, 7, 1), (1, 1000, 10), (33, 10, 3)]
+)
+def test_so_many_entries_stand_for_a_percentage(tmp_path, percent, count, wanted):
+    source = ConversationSource("a name", tmp_path, tmp_path, percent)
+    rows = chosen_rows(source, count)
+    order = np.random.default_rng(zlib.crc32(b"a name")).permutation(count)
+    assert rows.tolist() == sorted(order[:wanted].tolist())
+
+
+@pytest.mark.parametrize("word, percent", [("a", 100), (" a%1 ", 1), ("a%50", 50), ("a%100", 100)])
+def test_a_name_with_a_part(word, percent):
+    found = find_source(word, {"a": {"annotation_path": "x/a.json", "data_path": "y"}})
+    assert found == ConversationSource("a", Path("x/a.json"), Path("y"), percent)
+
+
+@pytest.mark.parametrize("word", ["a%0", "a%101", "a%", "a%-1", "a%1.5", "a%x"])
+def test_a_part_that_cannot_be_is_refused(word):
+    with pytest.raises(
+        ConversationError, match="key.dataset_use: .* asks for .*expected 1 to 100, as in a%50"
+    ):
+        find_source(word, {"a": {"annotation_path": "a.json"}}, "key")
+
+
+def test_images_lie_beside_the_annotations_where_nothing_is_said():
+    assert find_source("a", {"a": {"annotation_path": "x/a.json"}}).data_path == Path("x")
+
+
+@pytest.mark.parametrize(
+    "name, place", [("a.png", "a.png"), ("x/./b.png", "x/b.png"), ("x/../c.png", "c.png")]
+)
+def test_a_path_below_the_folder_is_found(tmp_path, name, place):
+    assert image_path(tmp_path, name, "here") == tmp_path / place

@@ -13,9 +13,13 @@ from vla_bench.data.conversations import (
     ConversationDataset,
     ConversationSettings,
     conversation_problems,
+    fit_pixels,
+    made_up_conversations,
     main,
     open_conversations,
+    plain_text,
     read_image,
+    summary,
 )
 from vla_bench.models.backbones.tiny import write_tiny
 from vla_bench.training.loop import BatchSampler, make_loader
@@ -135,11 +139,6 @@ def test_a_setting_that_cannot_be_meant_names_its_key(key, value, message):
     config = load_config({"datasets": {"vlm_data": {"dataset_use": "a", key: value}}})
     with pytest.raises(ConfigError, match=message):
         config.section("datasets.vlm_data").into(ConversationSettings)
-
-
-def test_the_trainer_still_says_that_co_training_is_not_in_this_version(home):
-    with pytest.raises(ConfigError, match="co-training with data of images and text is not in this version"):
-        load_config(home / "train.yaml").require_sections()
 
 
 def rows_of(dataset, batches, workers):
@@ -278,3 +277,99 @@ def test_a_damaged_entry_is_read_or_named_in_one_line(home, tmp_path, seed):
             assert problems == [str(error)]
             assert "a.json entry 0" in str(error) and "\n" not in str(error)
     assert 30 < refused < 100
+
+
+SIDES = [
+    ((40, 30), None, None, (40, 30)),
+    ((40, 30), 1200, 1200, (40, 30)),
+    ((40, 30), None, 300, (20, 15)),
+    ((40, 30), 4800, None, (80, 60)),
+    ((40, 30), 4800, 100_000, (80, 60)),
+    ((40, 30), 100, 300, (20, 15)),
+    ((10, 1000), None, 100, (1, 100)),
+    ((1000, 1), None, 10, (100, 1)),  # a side has one pixel at least, so this one stays above
+    ((33, 17), 600, None, (35, 18)),  # rounded so that the bound is kept
+    ((33, 17), None, 500, (31, 16)),
+]
+
+
+@pytest.mark.parametrize("size, least, most, expected", SIDES)
+def test_images_are_fitted_between_the_bounds(size, least, most, expected):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8))
+    found = fit_pixels(image, least, most)
+    assert found.size == expected
+    if size == expected:
+        assert found is image
+    else:
+        assert np.array_equal(np.asarray(found), np.asarray(image.resize(expected, Image.Resampling.BICUBIC)))
+        assert (least or 0) <= found.width * found.height and (
+            not most or min(expected) == 1 or found.width * found.height <= most
+        )
+
+
+def test_a_summary_counts_conversations_rounds_and_images(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    ask, say = {"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}
+    show = {"from": "human", "value": "<image> x"}
+    entries = [
+        {"conversations": [ask, say] * 3},
+        {"conversations": [show, say, show, say], "image": ["a.png"] * 2},
+    ]
+    entries += [{"conversations": [{"from": "system", "value": "s"}, ask, say]}] * 2
+    (tmp_path / "c.json").write_text(json.dumps(entries))
+    sources = [
+        ConversationSource(name, tmp_path / "c.json", tmp_path, part)
+        for name, part in (("all", 100), ("half", 50))
+    ]
+    dataset = ConversationDataset(sources)
+    assert list(summary(dataset))[0] == "all: 4 conversations, 7 rounds, 2 images, 3 about text alone"
+    assert list(summary(dataset))[1].startswith("half: 2 conversations (50% of the file), ")
+    sample = dataset[1]
+    assert list(plain_text(sample)) == ["  user      <image> x", "  assistant y"] * 2
+    assert (sample["dataset"], sample["origin"]) == ("all", f"{tmp_path / 'c.json'} entry 1")
+    for row in (-1, 6):
+        with pytest.raises(IndexError, match=f"conversation {row} is outside 0..5"):
+            dataset[row]
+
+
+def test_bounds_and_held_out_conversations_reach_the_dataset(tmp_path):
+    config = made_up_conversations(tmp_path)["datasets"]["vlm_data"]
+    plain = ConversationSettings(**config, min_pixels=64 * 64, max_pixels=64 * 64)
+    assert [image.size for image in open_conversations(plain)[0]["image"]] == [(64, 64)]
+    with pytest.raises(ConfigError, match="datasets.vlm_data.eval_dataset is not set"):
+        open_conversations(plain, held_out=True)
+    held = ConversationSettings(**config | {"eval_dataset": "made_up%50"})
+    assert (len(open_conversations(held)), len(open_conversations(held, held_out=True))) == (2, 1)
+
+
+def test_the_settings_of_conversations_are_checked_each_alone():
+    plain = {"dataset_use": "a"}
+    for key, bad in (
+        ("model_max_length", 0), ("per_device_batch_size", 0), ("min_pixels", 0), ("max_pixels", 0), ("over_long", "cut"),
+        ("dataset_py", "other"), ("dataformat", "other"), ("min_pixels", 1.5),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"datasets.vlm_data.{key} must be"):
+            ConversationSettings(**plain, **{key: bad})
+    for good in (
+        {"min_pixels": 5, "max_pixels": 5},
+        {"over_long": "refuse"},
+        {"model_max_length": 1},
+        {"max_pixels": 1},
+    ):
+        assert vars(ConversationSettings(**plain, **good)).items() >= good.items()
+    with pytest.raises(
+        ConfigError, match="max_pixels must be at least datasets.vlm_data.min_pixels, which is 6"
+    ):
+        ConversationSettings(**plain, min_pixels=6, max_pixels=5)
+
+
+def test_images_of_evenly_spread_entries_are_decoded(tmp_path, monkeypatch):
+    place = made_up_conversations(tmp_path)["datasets"]["vlm_data"]["data_dict"]["made_up"]
+    file = tmp_path / "made_up.json"
+    entries = json.loads(file.read_text())
+    file.write_text(json.dumps([{**entries[i % 2], "image": f"{i}.png"} for i in range(9)]))
+    source = ConversationSource("made_up", file, tmp_path, 100)
+    assert place["annotation_path"] == str(file)
+    for images, decoded in ((3, [0, 4, 8]), (1, [0]), (0, []), (100, list(range(9)))):
+        lines = conversation_problems(source, images)
+        assert [int(line.split("entry ")[1].split(":")[0]) for line in lines] == decoded

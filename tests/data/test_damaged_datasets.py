@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vla_bench.data.edited_dataset import write_edited
+from vla_bench.data.episode_plan import open_source, pieces_of
 from vla_bench.data.lerobot import LeRobotDataset, validate
 from vla_bench.data.validation import write_checksums
 
@@ -478,3 +480,21 @@ def test_with_checksums_every_damage_is_found(sound, tmp_path, case):
     finally:
         signal.alarm(0)
     assert bool(lines) or before == after
+
+
+@pytest.mark.parametrize("case", CHOSEN[::2], ids=lambda c: "-".join(map(str, c)))
+def test_a_damaged_dataset_is_edited_right_or_named(sound, tmp_path, case):
+    """What an edit of it would be is found by `validate` as in the damaged one, or nothing is written."""
+    root, target = damaged(sound, tmp_path, case, checksums=False), tmp_path / "new"
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(30)
+    try:
+        write_edited(pieces_of(open_source(root)), target, "3.0" if case[0] == "v2.1" else "2.1")
+        error = ""
+    except ALLOWED as refused:
+        error = str(refused)
+    finally:
+        signal.alarm(0)
+    assert not error or (str(root) in error and "\n" not in error and not target.exists()), error
+    if not error and not validate(root):
+        assert validate(target) == []

@@ -1,5 +1,7 @@
 """Detectors at their edges: short episodes, few dimensions, and what must not look across episodes."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -731,3 +733,18 @@ def test_cameras_that_show_the_same_are_told_by_pair():
     nearly = one.astype(int)
     nearly[:, ::4] += 1
     assert len(same_cameras({"a": one, "b": nearly.astype(np.uint8)})) == 1
+
+
+def test_a_gripper_that_rests_in_an_episode_tells_nothing_of_it_and_warns_of_nothing():
+    command, opening, starts = hand(1)
+    layouts = Layout(("gripper",)), Layout(("gripper",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for values in (command, opening):
+            kept = values[:60].copy()
+            values[:60] = 0.5
+            (finding,) = gripper_findings(command, opening, starts, layouts, RATE)
+            assert finding.text == "its numbers say positive_opens"
+            values[:60] = kept
+        command[:] = 1.0
+        assert gripper_findings(command, opening, starts, layouts, RATE) == []

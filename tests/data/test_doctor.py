@@ -676,6 +676,22 @@ def test_a_fault_of_images_is_told_once_per_camera_with_all_its_episodes(tmp_pat
     ]
 
 
+def test_a_camera_that_repeats_images_is_told_once_however_many_it_repeats(tmp_path):
+    """Every episode repeats another part of its images."""
+    parts = iter([8, 10, 12, 14, 16, 18])
+
+    def stuttering_more(state):
+        rows = np.arange(len(state))
+        if len(state) > 1:  # not what asks for the names of the cameras
+            odd = rows[1 : 2 * next(parts) : 2]
+            rows[odd] = odd - 1
+        return {"front": film(state)[rows]}
+
+    found = examine(write(tmp_path / "data", images=stuttering_more, episodes=3, length=30), videos=True)
+    (finding,) = [finding for finding in found if finding.name == "repeated images"]
+    assert finding.episodes == (0, 1, 2) and finding.text.endswith("in episodes 0, 1, 2")
+
+
 @pytest.mark.parametrize("write_dataset", ["v21", "v30"])
 def test_a_dataset_without_images_is_examined(make, tmp_path, write_dataset, capsys):
     features = {name: feature for name, feature in make.PLAIN.items() if name != make.TOP}

@@ -344,6 +344,14 @@ def test_the_program_checks_some_episodes_alone(roots, tmp_path, capsys):
     assert "it holds episode 4" in capsys.readouterr().out
 
 
+def test_the_program_prints_width_and_height_of_each_camera(make, tmp_path, capsys):
+    features = make.PLAIN | {"observation.images.tall": make.camera((40, 20, 3))}
+    root = make.v21(tmp_path / "ds", features=features)
+    lines = of_program(capsys, str(root))
+    assert lines[1].startswith("  30 Hz, cameras top, tall; action (")
+    assert lines[2] == "  image         ['RGB 64 x 48', 'RGB 20 x 40']"
+
+
 def configuration(path, **section):
     path.write_text(json.dumps({"datasets": {"vla_data": section}}))
     return ["--config_yaml", str(path)]

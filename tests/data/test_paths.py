@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from vla_bench.data.lerobot import DatasetError, LeRobotDataset, validate
+from vla_bench.data.paths import Folder, check_template, path_in
 
 FILES = {
     "numbers": "data/chunk-000/episode_000001.parquet",
@@ -208,3 +210,73 @@ def test_metadata_of_a_size_that_cannot_be_are_not_read(make, tmp_path):
         file.truncate(1 << 40)  # a file with a hole, which takes no room on the disk
     with pytest.raises(DatasetError, match="tasks.jsonl has 1099511627776 bytes"):
         read_all(root)
+
+
+FIELDS = {"chunk_index": int, "video_key": str}
+
+
+@pytest.mark.parametrize(
+    "template", ["", "a/b", "a/{chunk_index}", "a/{chunk_index:03d}", "{chunk_index:3d}/{video_key}", "{{x}}", "{chunk_index:d}", "{chunk_index:09d}"]
+)  # fmt: skip
+def test_plain_templates_are_taken(template):
+    check_template(template, FIELDS, "here")
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{chunk}", "no field 'chunk'; did you mean 'chunk_index'"),
+        ("{}", "no field ''"),
+        ("{chunk_index.real}", "no field 'chunk_index.real'"),
+        ("{chunk_index!r}", "is no format for chunk_index"),
+        ("{chunk_index:010d}", "'010d' is no format for chunk_index, expected 03d"),
+        ("{chunk_index:x}", "'x' is no format"),
+        ("{video_key:03d}", "'03d' is no format for video_key"),
+        ("{video_key!s}", "is no format for video_key"),
+        ("{video_key:{chunk_index}}", "is no format for video_key"),
+        ("{chunk_index", "expected '}'"),
+    ],
+)
+def test_templates_that_are_more_than_plain_are_refused(template, message):
+    with pytest.raises(DatasetError) as error:
+        check_template(template, FIELDS, "here")
+    assert str(error.value).startswith("here is ") and message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a", "a/b.png", "a..b", "..a/b", "a/...", "./a"])
+def test_paths_below_the_folder_are_taken(text):
+    assert path_in(Path("ds"), text, "here") == Path("ds") / text
+
+
+@pytest.mark.parametrize("text", ["", "/a", "..", "../a", "a/../b", "a/..", "a\0b"])
+def test_paths_that_lead_elsewhere_are_refused(text):
+    with pytest.raises(DatasetError, match="^here leads to .*, which is not inside the dataset"):
+        path_in(Path("ds"), text, "here")
+
+
+def test_a_folder_checks_what_it_is_given(tmp_path):
+    root, out = tmp_path / "ds", tmp_path / "ds_elsewhere"
+    for folder in (root / "a", out):
+        folder.mkdir(parents=True)
+        (folder / "x").write_text("x")
+    (root / "linked").symlink_to(out)
+    (root / "a/own").symlink_to(root / "a/x")
+    (root / "a/away").symlink_to(out / "x")
+    for follow in (False, True):
+        folder = Folder(root, follow)
+        for name in ("a/x", "a/own"):
+            assert folder.check(root / name) == root / name
+        for name in ("a/away", "linked/x"):
+            if follow:
+                assert folder.check(root / name) == root / name
+                continue
+            with pytest.raises(DatasetError, match=f"{name} is a link out of the dataset; follow_links=True"):
+                folder.check(root / name)
+        for name, message in (
+            ("a", "is a folder, expected a file"),
+            ("a/gone", "is missing"),
+            ("a/x/y", "cannot be read"),
+        ):
+            with pytest.raises(DatasetError, match=f"{root / name} {message}"):
+                folder.check(root / name)
+        assert folder.inside[str(root / "a")] and not folder.inside[str(root / "linked")]

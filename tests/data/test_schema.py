@@ -21,6 +21,7 @@ from vla_bench.data.schema import (
     Size,
     Span,
     Whole,
+    one_line,
     parse,
     read_lines,
     read_metadata_columns,
@@ -295,6 +296,10 @@ def test_numbers_of_info_json_lie_in_a_range(field, good, bad):
         with pytest.raises(DatasetError, match=f"here: {field} is {value}"):
             parse(Info, plain | {field: value}, "here")
     assert parse(Info, plain, "here").chunks_size == 1000 and parse(Info, plain, "here").video_path is None
+
+
+def test_a_message_of_a_library_is_cut_and_put_on_one_line():
+    assert one_line(ValueError("a\n  b\tc")) == "a b c" and len(one_line(ValueError("x" * 500))) == 200
 
 
 @pytest.mark.parametrize("which", ["data/*/*.parquet", "meta/episodes/*/*.parquet", "meta/tasks.parquet"])

@@ -486,15 +486,15 @@ def test_what_metadata_say_of_an_episode_stays(make, tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text(
         "".join(
-            json.dumps(line | {"success": i == 2, "trial": f"t{i}"}) + "\n" for i, line in enumerate(lines)
+            json.dumps(line | {"success": i == 2, "file": f"t{i}"}) + "\n" for i, line in enumerate(lines)
         )
     )
     write_edited(delete_episodes(open_source(root), [0]), tmp_path / "v3", "3.0")
     write_edited(delete_episodes(open_source(tmp_path / "v3"), [0]), tmp_path / "v2", "2.1")
     table = pq.read_table(tmp_path / "v3/meta/episodes/chunk-000/file-000.parquet").to_pylist()
-    assert [(row["success"], row["trial"]) for row in table] == [(False, "t1"), (True, "t2")]
+    assert [(row["success"], row["file"]) for row in table] == [(False, "t1"), (True, "t2")]
     [line] = map(json.loads, (tmp_path / "v2/meta/episodes.jsonl").read_text().splitlines())
-    assert line == {"episode_index": 0, "tasks": ["do it"], "length": 5, "success": True, "trial": "t2"}
+    assert line == {"episode_index": 0, "tasks": ["do it"], "length": 5, "success": True, "file": "t2"}
 
 
 def test_other_files_go_along_and_stale_statistics_do_not(make, tmp_path):
@@ -563,6 +563,19 @@ def test_image_statistics_are_copied_where_the_frames_are_the_same(tmp_path):
     assert np.allclose(second[key], 1 / 255, atol=2 / 255) and second[
         "stats/observation.images.top/count"
     ] == [3]
+
+
+def test_a_dataset_of_version_2_0_gets_the_statistics_that_it_lacks(make, tmp_path):
+    root = make.v21(tmp_path / "one", info={"codebase_version": "v2.0"})
+    report = write_edited(pieces_of(open_source(root)), tmp_path / "new")
+    assert report.version == "v2.1" and report.decoded == 2 and validate(tmp_path / "new") == []
+    lines = [
+        json.loads(line) for line in (tmp_path / "new/meta/episodes_stats.jsonl").read_text().splitlines()
+    ]
+    for line, (first, end) in zip(lines, ((0, 6), (6, 11)), strict=True):
+        mean = np.mean([make.level(i).mean() for i in range(first, end)]) / 255
+        assert np.allclose(line["stats"][make.TOP]["mean"], mean, atol=0.01)
+        assert np.allclose(line["stats"]["action"]["max"], [end - 1, end, end + 1])
 
 
 # Whole or not at all
@@ -651,7 +664,7 @@ def test_the_report_says_how_videos_were_copied(dataset, tmp_path, capsys):
         "  2 videos cut at key frames",
         "  2 videos cut, with hidden frames",
         "  no video was encoded again",
-        "  statistics of images computed anew: 4 times an episode",
+        "  statistics of images computed anew: 4, one per episode and camera",
     ]
 
 
@@ -675,6 +688,11 @@ MISTAKES = {
     "share": (["split", "SOURCE", "new", "--fractions", "a=x", "b=1"], "--fractions: 'x' is no number"),
     "folder": (["split", "SOURCE", "new", "--episodes", "../a=0"], "'../a' cannot be the name of a folder"),
     "target": (["merge", "SOURCE", "SOURCE"], "is not empty; choose another folder"),
+    "feature": (
+        ["remove", "SOURCE", "new", "--features", "actoin"],
+        "no feature 'actoin' to remove; did you mean 'action'?",
+    ),
+    "counter": (["remove", "SOURCE", "new", "--features", "index"], "no feature 'index' to remove"),
     "margin": (["trim", "SOURCE", "new", "--margin", "-1"], "expected a positive time and one from 0 on"),
 }
 
@@ -687,3 +705,46 @@ def test_a_mistake_is_one_line(words, message, dataset, tmp_path, capsys, monkey
     told = capsys.readouterr().err
     assert left.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1 and message in told
     assert not list(tmp_path.iterdir())
+
+
+# Features that are left out
+
+
+def test_removed_features_leave_no_trace(make, dataset, version, tmp_path):
+    root = dataset(version)
+    gone = [WRIST, "force", "language_events", "secret", "observation.state"]
+    report = write_edited(pieces_of(open_source(root, removed=gone)), tmp_path / "new")
+    assert validate(tmp_path / "new", state_key=None) == []
+    old, new = table_of(root), table_of(tmp_path / "new")
+    assert new.equals(old.select([name for name in old.column_names if name not in gone]))
+    assert (
+        sum(report.videos.values())
+        == len(list((tmp_path / "new").rglob("*.mp4")))
+        == (3 if version == "v21" else 1)
+    )
+    texts = [p.read_text() for p in (tmp_path / "new/meta").glob("*.json*")]
+    assert not any(name in text for name in gone for text in texts)
+    data = LeRobotDataset(tmp_path / "new", state_key=None)
+    assert (
+        data.cameras == ("top",) and np.asarray(data[8]["image"][0]).tobytes() == rows(root)[8]["images"][0]
+    )
+
+
+def test_what_modality_says_of_a_removed_feature_goes_with_it(tmp_path):
+    root = written(tmp_path / "one", [0, 1])
+    write_edited(pieces_of(open_source(root, removed=["observation.state"])), tmp_path / "new")
+    modality = json.loads((tmp_path / "new/meta/modality.json").read_text())
+    assert "state" not in modality and modality["action"].keys() == {"x", "y"}
+    info = json.loads((tmp_path / "new/meta/info.json").read_text())
+    assert info["vla_bench"]["state_layout"] is None and info["vla_bench"]["action_layout"]["names"] == [
+        "x",
+        "y",
+    ]
+
+
+def test_after_a_feature_is_removed_two_sources_may_fit(make, tmp_path):
+    one = make.v30(tmp_path / "one")
+    two = make.v21(tmp_path / "two", features=make.PLAIN | {"observation.images.side": make.camera()})
+    sources = [open_source(one), open_source(two, removed=["observation.images.side"])]
+    write_edited(merge_datasets(sources), tmp_path / "new")
+    assert validate(tmp_path / "new") == [] and len(LeRobotDataset(tmp_path / "new")) == 22

@@ -461,3 +461,11 @@ def test_an_avi_whose_frames_are_reordered_is_refused(make, tmp_path):
     make.encode(tmp_path / "plain.avi", frames, 30, options={"bf": "0"})
     video = VideoReader(tmp_path / "plain.avi")
     assert [round(float(video.read(i).mean()) / 16) for i in (7, 0, 11, 3)] == [7, 0, 11, 3]
+
+
+def test_a_reader_that_is_closed_closes_its_file(plain):
+    video, closed = VideoReader(plain), []
+    container = video._container
+    video._container = SimpleNamespace(close=lambda: (closed.append(True), container.close()))
+    video.close()
+    assert closed == [True]

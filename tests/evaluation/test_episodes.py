@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -36,6 +37,20 @@ def image_at(camera, seed, steps):
     """Every pixel is another one: by camera, scene, step, row, column and colour."""
     ramp = np.arange(4 * 6 * 3).reshape(4, 6, 3)
     return (100 * camera + 10 * (seed - FIRST_SEED) + steps + 1 + ramp).astype(np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def patience():
+    """An evaluation that does not end fails after half a minute; each here takes less than a second."""
+
+    def late(*_):
+        raise TimeoutError("this evaluation does not end")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 class TapeEpisode(Environment):
@@ -255,6 +270,13 @@ def test_a_frame_has_the_attention_that_was_in_force(recorded):
     )
     np.testing.assert_array_equal(recorded.word_attention, [[k, 0.5] for k in calls])
     assert recorded.words == ["do", "it"]
+
+
+def test_a_recording_that_hides_a_pickle_is_not_read(run, tmp_path):
+    recording, _ = run.kept[0]
+    np.savez(tmp_path / "odd.npz", **{**vars(recording), "words": np.array([{"a": 1}], object)})
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        Recording.load(tmp_path / "odd.npz")
 
 
 def test_without_attention_a_recording_has_none(tmp_path):

@@ -1,10 +1,13 @@
 """One episode at a time in a worker: what it answers, how it ends, and what is said when it dies."""
 
 import importlib
+import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -166,6 +169,15 @@ def test_a_result_that_says_nothing_is_one_after_a_reset():
         [],
     )
     assert StepResult(None).frames is not result.frames and not EpisodeSpec("reach-red", 0, 1).record
+
+
+@pytest.mark.parametrize("frozen", [RED, Failure("it broke", "", False)], ids=["EpisodeSpec", "Failure"])
+def test_what_a_worker_is_told_and_answers_stays_as_it_was(frozen):
+    """Both may be put into a set, and nobody changes one."""
+    assert len({frozen, pickle.loads(pickle.dumps(frozen))}) == 1
+    name = next(iter(vars(frozen)))
+    with pytest.raises(AttributeError):
+        setattr(frozen, name, "other")
 
 
 class Watched(PointReach):
@@ -338,3 +350,37 @@ def test_a_benchmark_that_cannot_be_pickled_is_named_with_the_reason(held, named
         open_workers(Open(held), 2)
     (worker,) = open_workers(Open(held), 1)
     assert isinstance(worker, LocalWorker)
+
+
+@pytest.mark.parametrize(
+    "left", [[None, None, None], [5.0, None, 9.0], [5.0, 0.0, 9.0], [0.0, None, 0.0], [3600.0, 0.05, None]]
+)
+@pytest.mark.parametrize("answered", [(), (0,), (1, 2)])
+def test_those_are_ready_that_have_answered_or_are_out_of_time(left, answered):
+    """Also where some may take for ever, and some time passes before one of them is out of it."""
+    if not answered and left in ([None] * 3, [5.0, None, 9.0]):
+        return  # nobody would ever be ready, or not for seconds
+    pipes, began = [multiprocessing.Pipe() for _ in left], time.monotonic()
+    remains = lambda seconds: None if seconds is None else max(0.0, began + seconds - time.monotonic())
+    busy = [
+        SimpleNamespace(connection=ours, time_left=lambda seconds=seconds: remains(seconds))
+        for (ours, _), seconds in zip(pipes, left, strict=True)
+    ]
+    for i in answered:
+        pipes[i][1].send("done")
+    found = [busy.index(each) for each in workers.ready(busy)]
+    at_once = sorted({*answered, *(i for i, seconds in enumerate(left) if seconds == 0)})
+    assert found == (at_once or [1]) and time.monotonic() - began < 3
+
+
+def test_a_simulator_is_gone_before_another_is_started_in_its_place(process, monkeypatch):
+    worker, events = process(PointReach()), []
+    gone = worker.process
+    told = {name: lambda name=name: events.append(name) for name in ("kill", "join")}
+    monkeypatch.setattr(worker, "process", SimpleNamespace(**told))
+    monkeypatch.setattr(worker, "connection", SimpleNamespace(close=lambda: events.append("close")))
+    monkeypatch.setattr(worker, "open", lambda: events.append("open"))
+    worker.restart()
+    assert events == ["kill", "join", "close", "open"]
+    monkeypatch.undo()
+    assert worker.process is gone

@@ -186,7 +186,7 @@ def test_weights_of_another_size_are_refused(name, value):
 @pytest.mark.parametrize("count", [1, 3])
 def test_an_image_too_few_or_too_many_is_refused(echo, count):
     with pytest.raises(
-        ValueError, match=f"has {count} images, the policy sees 2 cameras in this order: left, right"
+        ValueError, match=f"has {count} images, the policy sees 2 cameras in this order: left, right; render"
     ):
         echo.predict({**SEEN, "image": (SEEN["image"] * 2)[:count]}, seed=0)
 

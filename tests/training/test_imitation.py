@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,17 +17,13 @@ from vla_bench.config import load_config
 from vla_bench.data.lerobot import LeRobotDataset
 from vla_bench.training import imitation
 from vla_bench.training.checkpoint import latest_checkpoint, list_checkpoints
-from vla_bench.training.imitation import train, update
-from vla_bench.training.loop import AugmentedView, make_loader, read_metrics
+from vla_bench.training.imitation import micro_batches, train, update
+from vla_bench.training.loop import AugmentedView, read_metrics
 from vla_bench.training.run import set_up
 
 
 def weights_of(run):
     return load_file(latest_checkpoint(run) / "model.safetensors")
-
-
-def stream_of(run):
-    return iter(make_loader(run.view, run.sampler(), run.framework.prepare))
 
 
 def evaluations_of(run):
@@ -125,7 +122,7 @@ def moved(config):
     run = set_up(config(f"{rates} --trainer.learning_rate.base 0.01"))
     before = {name: p.detach().clone() for name, p in run.framework.named_parameters()}
     rate = max(group["lr"] for group in run.optimizer.param_groups)
-    update(run, [next(stream_of(run))])
+    update(run, [next(micro_batches(run))])
     parameters = run.framework.named_parameters()
     return {name: (p.detach() - before[name]).abs().max().item() for name, p in parameters}, rate
 
@@ -144,7 +141,7 @@ def test_the_first_step_of_adamw_has_the_size_of_the_rate(moved):
 def test_frozen_modules_stand_still(config):
     run = set_up(config("--trainer.freeze_modules qwen_vl_interface --trainer.warmup_steps 0"))
     before = {name: p.detach().clone() for name, p in run.framework.named_parameters()}
-    update(run, [next(stream_of(run))])
+    update(run, [next(micro_batches(run))])
     same = {name for name, p in run.framework.named_parameters() if torch.equal(p, before[name])}
     assert {name for name in before if name.startswith("vlm.")} <= same
     assert any(not name.startswith("vlm.") for name in before.keys() - same)
@@ -186,9 +183,9 @@ def test_the_statistics_are_those_of_the_training_episodes(watched):
 def test_accumulation_is_exact_although_chunks_hold_padding(config):
     """Two micro-batches of four against plain autograd on the eight samples at once."""
     run = set_up(config("--trainer.gradient_clipping 1e9 --trainer.gradient_accumulation_steps 2"))
-    stream = stream_of(run)
+    stream = micro_batches(run)
     batches = [next(stream), next(stream)]
-    valid = [int((~batch["action_is_pad"]).sum()) for batch in batches]
+    valid = [int((~micro["vla"]["action_is_pad"]).sum()) for micro in batches]
     assert valid[0] != valid[1], "choose another seed: this test needs unequal padding"
     run.model.eval()
     keys = run.sampler().batch(0) + run.sampler().batch(1)
@@ -312,7 +309,7 @@ def test_a_chunk_is_padded_from_the_episodes_end_on(config):
 def test_the_offending_sample_is_named_in_any_micro_batch(config, monkeypatch, micro_batch, place):
     options = "--trainer.gradient_accumulation_steps 2 --trainer.warmup_steps 0"
     run = set_up(config(options))
-    stream = stream_of(run)
+    stream = micro_batches(run)
     update(run, [next(stream), next(stream)])
     key = run.sampler().batch(2 + micro_batch)[place]
     clean = AugmentedView.__getitem__
@@ -322,7 +319,8 @@ def test_the_offending_sample_is_named_in_any_micro_batch(config, monkeypatch, m
         return {**sample, "action": sample["action"] + np.float32(3e38)} if asked == key else sample
 
     monkeypatch.setattr(AugmentedView, "__getitem__", spoilt)
-    batches = [run.framework.prepare([run.view[k] for k in run.sampler().batch(n)]) for n in (2, 3)]
+    keys = [run.sampler().batch(number) for number in (2, 3)]
+    batches = [{"vla": run.framework.prepare([run.view[k] for k in own])} for own in keys]
     with pytest.raises(FloatingPointError) as error:
         update(run, batches)
     origin = run.data.train[key[1]]["origin"]
@@ -337,7 +335,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(config, monkeypa
     before = {name: p.detach().clone() for name, p in run.framework.named_parameters()}
     monkeypatch.setattr(run.accelerator, "clip_grad_norm_", lambda *_: torch.tensor(norm))
     with pytest.raises(FloatingPointError) as error:
-        update(run, [next(stream_of(run))])
+        update(run, [next(micro_batches(run))])
     origins = [run.data.train[row]["origin"] for _, row in run.sampler().batch(0)]
     assert f"step 1: the gradient's norm is {norm}; " in str(error.value)
     assert str(error.value).endswith(f"learning rate and precision. The batch: {'; '.join(origins)}")
@@ -423,3 +421,129 @@ def test_a_run_that_holds_nothing_out_measures_nothing(config, measured):
     rows, found, _ = measured("--datasets.vla_data.held_out 0.0001", "OFT")
     assert rows and found
     assert imitation.evaluate(set_up(config("--run_id nothing --datasets.vla_data.held_out 0"))) == {}
+
+
+@pytest.mark.parametrize(
+    "step, interval, expected",
+    [
+        (3, 3, True),
+        (6, 3, True),
+        (4, 3, False),
+        (1, 1, True),
+        (10, 3, True),
+        (10, 7, True),
+        (9, 7, False),
+        (2, 100, False),
+    ],
+)
+def test_what_happens_every_so_many_steps_is_due_then_and_at_the_end(step, interval, expected):
+    run = SimpleNamespace(step=step, settings=SimpleNamespace(max_train_steps=10))
+    assert imitation.due(run, interval) is expected
+
+
+def test_the_bar_counts_the_steps_of_the_run_on_the_main_process():
+    for main in (True, False):
+        run = SimpleNamespace(
+            step=4, settings=SimpleNamespace(max_train_steps=10), folder=Path("runs/mine"),
+            accelerator=SimpleNamespace(is_main_process=main),
+        )  # fmt: skip
+        with imitation.progress_bar(run) as bar:
+            assert bar.disable is not main
+            if main:
+                assert (bar.total, bar.initial, bar.n, bar.desc.strip(": ")) == (10, 4, 4, "mine")
+
+
+def test_rates_are_told_once_per_module():
+    groups = [{"name": n, "lr": lr} for n, lr in (("base", 1), ("base/no_decay", 1), ("vlm/no_decay", 0.5))]
+    found = imitation.learning_rates(SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups)))
+    assert found == {"learning_rate/base": 1.0, "learning_rate/vlm": 0.5}
+    assert all(type(rate) is float for rate in found.values())
+
+
+def test_the_speed_counts_the_samples_of_all_sources_and_processes():
+    settings = SimpleNamespace(gradient_accumulation_steps=2)
+    sources = {name: SimpleNamespace(batch_size=size) for name, size in (("vla", 2), ("vlm", 1))}
+    run = SimpleNamespace(settings=settings, sources=sources, accelerator=SimpleNamespace(num_processes=4))
+    found = imitation.speed(run, [(1.0, 2.0), (3.0, 6.0)])
+    assert found == {"data_s": 2.0, "step_s": 4.0, "samples_per_s": 4.0}
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_names_of_our_own_in_a_row_of_the_log_are_kept_apart(several):
+    """The only source's main loss is logged as `loss` already; of several each is told."""
+    assert imitation.OWN == ("step", "loss", "grad_norm", "data_s", "step_s", "samples_per_s")
+    losses = {name: float(i) for i, name in enumerate(("action_loss", *imitation.OWN, "more"))}
+    sources = {name: SimpleNamespace(loss=f"{name}_loss") for name in ("action", "language")[: 1 + several]}
+    found = imitation.other_losses(SimpleNamespace(losses=losses, sources=sources))
+    kept = {name: value for name, value in losses.items() if several or name != "action_loss"}
+    assert found == {f"loss/{n}" if n in imitation.OWN else n: v for n, v in kept.items()}
+
+
+def test_the_rows_of_two_processes_are_disjoint_and_as_many(measured, config, monkeypatch):
+    """Each of two processes measures every other one of the rows, an even number of them."""
+    run = set_up(config("--trainer.eval_samples 7"))
+    (member,), (held_out,) = run.data.members, run.data.held_out().values()
+    drawn: list[list] = []
+    monkeypatch.setattr(
+        imitation, "make_loader", lambda data, chunks, prepare, workers: drawn.append(chunks) or []
+    )
+    monkeypatch.setattr(imitation, "action_error_sums", lambda *_: np.ones((3, 3)))
+    monkeypatch.setattr(imitation, "error_row", lambda sums, names: {"names": names})
+    for index in (0, 1):
+        accelerator = SimpleNamespace(
+            num_processes=2, process_index=index, device="cpu", reduce=lambda total, how: total,
+            autocast=run.accelerator.autocast,
+        )  # fmt: skip
+        told = SimpleNamespace(
+            accelerator=accelerator, settings=run.settings, framework=run.framework, seed=0
+        )
+        assert imitation.held_out_errors(told, member, held_out) == {"names": ("dx", "dy", "gripper")}
+    rows = np.linspace(0, len(held_out) - 1, 7).round().astype(int).tolist()[:6]
+    assert [sum(chunks, []) for chunks in drawn] == [rows[::2], rows[1::2]]
+    assert {len(chunk) for chunks in drawn for chunk in chunks} == {3}  # of four at most
+
+
+ROWS = {"a": {"eval/action_error": 1.0, "eval/action_error/x": 5.0}, "b": {"eval/action_error": 4.0}}
+NAMED = {
+    "eval/action_error": 2.5,
+    "eval/a/action_error": 1.0,
+    "eval/a/action_error/x": 5.0,
+    "eval/b/action_error": 4.0,
+}
+
+
+@pytest.mark.parametrize(
+    "mixed, held, expected",
+    [
+        (False, ["a"], ROWS["a"]),
+        (False, [], {}),
+        (True, ["a", "b"], NAMED),
+        (True, ["b"], {"eval/action_error": 4.0, "eval/b/action_error": 4.0}),
+        (True, [], {}),
+    ],
+)
+def test_errors_are_named_by_dataset_in_a_mixture_and_plain_otherwise(monkeypatch, mixed, held, expected):
+    members = [SimpleNamespace(dataset=SimpleNamespace(name=name)) for name in ("a", "b")]
+    data = SimpleNamespace(
+        members=members,
+        mixture="it" if mixed else None,
+        held_out=lambda: {name: f"view of {name}" for name in held},
+    )
+
+    def errors(run, member, view):
+        assert view == f"view of {member.dataset.name}"
+        return ROWS[member.dataset.name]
+
+    monkeypatch.setattr(imitation, "held_out_errors", errors)
+    assert imitation.evaluate(SimpleNamespace(data=data)) == expected
+
+
+def test_a_run_that_leaves_says_so_lets_go_of_the_model_and_ends_with_143(monkeypatch):
+    done = []
+    monkeypatch.setattr(imitation, "finish", lambda run: done.append(("finish", run.step)))
+    accelerator = SimpleNamespace(print=lambda text, file: done.append((text, file)))
+    run = SimpleNamespace(step=3, settings=SimpleNamespace(max_train_steps=8), accelerator=accelerator)
+    with pytest.raises(SystemExit) as end:
+        imitation.leave(run)
+    text = "SIGTERM: stopped after step 3 of 8, which is saved; continue with --trainer.resume true"
+    assert done == [(text, sys.stderr), ("finish", 3)] and end.value.code == 143

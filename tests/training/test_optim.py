@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vla_bench.config import ConfigError
-from vla_bench.training.imitation import learning_rates, make_loader, train, update
+from vla_bench.training.imitation import learning_rates, micro_batches, train, update
 from vla_bench.training.loop import read_metrics
 from vla_bench.training.optim import (
     find_module,
@@ -71,7 +71,7 @@ def test_three_steps_are_those_of_the_equations(config, accumulation):
     options = f"--trainer.gradient_accumulation_steps {accumulation} --trainer.per_device_batch_size 2"
     run = set_up(config(f"{OPTIONS} {options}"))
     twin = copy.deepcopy(run.framework)
-    stream = iter(make_loader(run.view, run.sampler(), run.framework.prepare))
+    stream = micro_batches(run)
     plain = PlainAdamW(dict(twin.named_parameters()))
     peaks = {name: 1e-4 if name.startswith("vlm.") else 1e-3 for name in plain.named}
     run.model.train()
@@ -80,10 +80,10 @@ def test_three_steps_are_those_of_the_equations(config, accumulation):
     for step in range(3):
         batches = [next(stream) for _ in range(accumulation)]
         twin.zero_grad()
-        valid = [float((~batch["action_is_pad"]).sum()) for batch in batches]
+        valid = [float((~micro["vla"]["action_is_pad"]).sum()) for micro in batches]
         expected = 0.0
-        for batch, count in zip(batches, valid):
-            loss = twin(batch)["action_loss"] * count / sum(valid)
+        for micro, count in zip(batches, valid):
+            loss = twin(micro["vla"])["action_loss"] * count / sum(valid)
             loss.backward()
             expected += loss.item()
         expected_norm = plain.step(peaks)
@@ -102,7 +102,7 @@ def test_three_steps_are_those_of_the_equations(config, accumulation):
 def test_the_gradient_is_clipped_to_the_bound_and_not_below(config, clip):
     run = set_up(config(f"--trainer.gradient_clipping {clip}"))
     run.optimizer.zero_grad = lambda: None
-    _, norm = update(run, [next(iter(make_loader(run.view, run.sampler(), run.framework.prepare)))])
+    _, norm = update(run, [next(micro_batches(run))])
     left = torch.cat([p.grad.flatten() for p in run.framework.parameters()]).norm().item()
     assert left == pytest.approx(min(clip, norm), rel=1e-4) and norm > 0.05
 
@@ -110,7 +110,7 @@ def test_the_gradient_is_clipped_to_the_bound_and_not_below(config, clip):
 def test_frozen_modules_do_not_count_in_the_norm(config):
     run = set_up(config("--trainer.freeze_modules vlm --trainer.gradient_clipping 1e9"))
     run.optimizer.zero_grad = lambda: None
-    _, norm = update(run, [next(iter(make_loader(run.view, run.sampler(), run.framework.prepare)))])
+    _, norm = update(run, [next(micro_batches(run))])
     own = [p.grad.flatten() for n, p in run.framework.named_parameters() if not n.startswith("vlm.")]
     assert norm == pytest.approx(torch.cat(own).norm().item(), rel=1e-5)
     assert all(p.grad is None for p in run.framework.vlm.parameters())
@@ -141,7 +141,7 @@ def test_matrices_decay_and_nothing_else(config):
 def test_what_is_logged_as_the_rate_is_the_one_of_the_step(config):
     run = set_up(config(OPTIONS))
     before = learning_rates(run)
-    update(run, [next(iter(make_loader(run.view, run.sampler(), run.framework.prepare)))])
+    update(run, [next(micro_batches(run))])
     assert before == pytest.approx({"learning_rate/base": 5e-4, "learning_rate/vlm": 5e-5})
     assert learning_rates(run) == pytest.approx({"learning_rate/base": 1e-3, "learning_rate/vlm": 1e-4})
 

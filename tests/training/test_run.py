@@ -421,3 +421,14 @@ def test_a_run_goes_on_from_a_place_that_moved(config, home, tmp_path):
         ConfigError, match="config.yaml is not what step_000001 was trained with: trainer.weight_decay"
     ):
         set_up(load_config(tmp_path / "moved", "--trainer.resume true"))
+
+
+def test_the_optimizer_and_its_schedule_are_those_of_the_settings(config):
+    options = "--trainer.betas [0.7,0.8] --trainer.weight_decay 0.25 --trainer.warmup_steps 3 --trainer.min_lr_ratio 0.5"
+    run = set_up(config(f"{options} --trainer.max_train_steps 8 --trainer.freeze_modules vlm"))
+    groups = run.optimizer.param_groups
+    assert {(group["betas"], group["fused"], group["eps"]) for group in groups} == {((0.7, 0.8), True, 1e-8)}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.25}
+    assert not any(parameter.requires_grad for parameter in run.framework.vlm.parameters())
+    schedule = run.scheduler.lr_lambdas[0]
+    assert [schedule(step) for step in (0, 2, 7)] == pytest.approx([1 / 3, 1.0, 0.5])

@@ -51,6 +51,7 @@ def numbers(run) -> dict:
         "schedule": [[f(step) for f in run.scheduler.lr_lambdas[:1]] for step in range(4)],
         "specification": (run.spec.cameras, run.spec.horizon, run.spec.normalization, run.spec.state is None),
         "clipping": settings.gradient_clipping,
+        "weight of the loss": {name: source.weight for name, source in run.sources.items()},
         "workers": settings.num_workers,
         "intervals": (settings.log_interval, settings.eval_interval, settings.save_interval),
         "measured": settings.eval_samples,
@@ -73,6 +74,7 @@ CHANGES = [
     ("trainer.warmup_steps=3", {"schedule"}),
     ("trainer.min_lr_ratio=0.5", {"schedule"}),
     ("trainer.gradient_clipping=0.5", {"clipping"}),
+    ("trainer.loss_scale={vla: 0.5}", {"weight of the loss"}),
     ("trainer.mixed_precision=bf16", {"precision"}),
     ("trainer.num_workers=1", {"workers"}),
     ("trainer.log_interval=2", {"intervals"}),
@@ -224,6 +226,17 @@ def test_an_entry_of_a_mixture_changes_what_it_names_and_nothing_else(config, ar
     assert {name for name in found if found[name] != unchanged["mixture"][name]} == names
 
 
+@pytest.mark.parametrize("how", ["per_robot", "shared"])
+def test_shared_statistics_change_the_numbers_and_nothing_else(config, arm, unchanged, how):
+    entries = [
+        {"dataset": str(arm / name), "robot": str(arm / "arm.yaml"), "weight": 1.0} for name in ("one", "two")
+    ]
+    if "mixture" not in unchanged:
+        unchanged["mixture"] = numbers(of_the_arm(config, arm, {}, entries, "unchanged"))
+    found = numbers(of_the_arm(config, arm, {"statistics": how}, entries))
+    assert {name for name in found if found[name] != unchanged["mixture"][name]} == {"actions", "state"}
+
+
 def test_every_key_is_changed_alone_by_one_of_these():
     changed = {key.partition("=")[0] for key, _ in CHANGES}
     trainer = {name.split(".")[1] for name in changed if name.startswith("trainer.")}
@@ -231,7 +244,7 @@ def test_every_key_is_changed_alone_by_one_of_these():
     assert trainer | elsewhere == {f.name for f in fields(TrainerSettings)}
     data = {name.split(".")[2] for name in changed if name.startswith(f"{VLA}.")}
     data |= {key for change, _ in OF_AN_ARM for key in change}
-    assert data | {"mixture"} == {f.name for f in fields(DataSettings)}
+    assert data | {"mixture", "statistics"} == {f.name for f in fields(DataSettings)}
     assert {key for change, _ in OF_AN_ENTRY for key in change} == {f.name for f in fields(MixtureEntry)}
 
 
@@ -255,6 +268,7 @@ def test_the_defaults_are_these():
         "eval_samples": 1024,
         "pretrained_checkpoint": None,
         "reload_modules": None,
+        "loss_scale": None,
         "resume": False,
         "verify": False,
     }
@@ -270,6 +284,7 @@ def test_the_defaults_are_these():
         "horizon": None,
         "follow_links": False,
         "mixture": None,
+        "statistics": "per_dataset",
         "robot": None,
         "action_mode": "absolute",
         "rotation": "",
@@ -277,5 +292,8 @@ def test_the_defaults_are_these():
         "observation_steps": 1,
         "observation_stride": 1,
         "future_frames": [],
+        "streaming": False,
+        "buffer_size": 10_000,
+        "cache": None,
     }
     assert RunSettings("runs", "mine").seed == 0

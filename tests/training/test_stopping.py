@@ -7,16 +7,18 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from vla_bench.config import load_config
-from vla_bench.training import imitation
+from vla_bench.training import imitation, stopping
 from vla_bench.training.checkpoint import latest_checkpoint, list_checkpoints
 from vla_bench.training.imitation import train
 from vla_bench.training.run import set_up
+from vla_bench.training.stopping import ECHO_S, StopRequest, agreed, interruptible, stop_requests
 
 
 @pytest.fixture(autouse=True)
@@ -213,3 +215,89 @@ def test_two_processes_stop_after_the_same_step_and_go_on_bit_for_bit(config, tm
     for checkpoint in list_checkpoints(tmp_path / "stopped"):
         first, second = json.loads((checkpoint / "trainer/rng.json").read_text())
         assert first["torch"] != second["torch"], "each process draws its own noise"
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """A clock at 100 s, and what a request does to this process, in order."""
+    told = SimpleNamespace(now=100.0, done=[])
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: told.now)
+    monkeypatch.setattr(stopping.signal, "signal", lambda number, what: told.done.append((number, what)))
+    monkeypatch.setattr(stopping.os, "kill", lambda pid, number: told.done.append((pid, number)))
+    return told
+
+
+HEARD = (signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_the_second_request_ends_a_process_of_its_own(told, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    request = StopRequest()
+    assert request.asked_at is None and request.launched is False
+    request.receive(signal.SIGTERM, None)
+    assert request.asked_at == 100.0 and told.done == [HEARD]
+    told.now = 103.0
+    request.receive()
+    assert request.asked_at == 100.0
+
+
+@pytest.mark.parametrize(
+    "later, ended", [(0.0, False), (4.9, False), (5.0, False), (5.1, True), (60.0, True)]
+)
+def test_a_launchers_echo_ends_nothing_and_a_later_request_does(told, monkeypatch, later, ended):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "it")
+    request = StopRequest()
+    request.receive()
+    assert told.done == [] and ECHO_S == 5.0
+    told.now += later
+    request.receive()
+    assert (
+        told.done == ([HEARD, (os.getpid(), signal.SIGTERM)] if ended else []) and request.asked_at == 100.0
+    )
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN, lambda *_: None])
+def test_sigterm_does_afterwards_what_it_did_before_also_after_an_error(before):
+    own = signal.signal(signal.SIGTERM, before)
+    try:
+        with pytest.raises(KeyError), stop_requests() as request:
+            ignored = before is signal.SIG_IGN
+            assert (signal.getsignal(signal.SIGTERM) is signal.SIG_IGN) == ignored
+            assert ignored or signal.getsignal(signal.SIGTERM) == request.receive
+            raise KeyError
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, own)
+
+
+@pytest.mark.parametrize(
+    "own, others, expected", [(None, 0.0, False), (3.0, 0.0, True), (None, 1.0, True), (3.0, 2.0, True)]
+)
+def test_all_stop_when_any_was_asked(own, others, expected):
+    def reduce(value, how):
+        assert how == "sum"
+        return value + others
+
+    accelerator = SimpleNamespace(device="cpu", reduce=reduce)
+    assert agreed(SimpleNamespace(asked_at=own), accelerator) is expected
+
+
+@pytest.mark.parametrize("rank, said", [(None, True), ("0", True), ("1", False)])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_one_process_says_where_the_run_stands(config, tmp_path, capsys, monkeypatch, rank, said, checkpoint):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    place = tmp_path / "run/checkpoints/step_000002"
+    if checkpoint:
+        place.mkdir(parents=True)
+    with pytest.raises(SystemExit) as end, interruptible(config()):
+        raise KeyboardInterrupt
+    last = (
+        f"the last checkpoint is {place}, continue with --trainer.resume true"
+        if checkpoint
+        else "no checkpoint yet"
+    )
+    assert end.value.code == 130 and capsys.readouterr().err == (f"interrupted: {last}\n" if said else "")
+    with pytest.raises(KeyError), interruptible(config()):
+        raise KeyError

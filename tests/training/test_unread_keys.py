@@ -1,11 +1,13 @@
 """A key that nothing reads is never silent: refused, listed, or added for the user's own code."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from vla_bench.config import ConfigError, load_config
+from vla_bench.data.conversations import ConversationSettings
 from vla_bench.evaluation.rollout import EvaluationSettings
 from vla_bench.training.imitation import train
 from vla_bench.training.run import set_up
@@ -97,8 +99,6 @@ def test_nothing_is_listed_for_a_file_that_is_read_as_a_whole(file, capsys):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("trainer.loss_scale", {"vla": 1.0, "vlm": 0.1}),
-        ("datasets.vlm_data", {"dataset_py": "vlm_datasets"}),
         ("wandb_project", "mine"),
         ("wandb_entity", "me"),
     ],
@@ -116,6 +116,25 @@ def test_a_feature_that_is_not_there_yet_says_so(file, tmp_path, key, value, way
 def test_a_feature_that_is_not_asked_for_is_no_fault(file, key, capsys):
     assert set_up(file({key: None})).step == 0
     assert "nothing reads" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["file", "command line"])
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("datasets.vlm_data", {"dataset_use": "a"}, "python -m vla_bench.training.cotrain"),
+        ("trainer.loss_scale", {"vla": 1.0, "vlm": 0.1}, "trainer.loss_scale.vlm is the weight of no source"),
+        ("trainer.loss_scale", {"vla": -1.0}, "trainer.loss_scale.vla must be a finite number, not below 0"),
+        ("trainer.loss_scale", {"vla": 0.0}, "trainer.loss_scale is 0 for every source"),
+        ("trainer.loss_scale", 0.1, "trainer.loss_scale must be a section such as"),
+        ("framework.knowledge_insulation", "maybe", "framework.knowledge_insulation takes true or false"),
+    ],
+)
+def test_imitation_says_what_only_co_training_reads(file, tmp_path, key, value, message, way):
+    spelt = f"{key}={value}".replace("'", "")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(file({key: value}) if way == "file" else file({}, [spelt]))
+    assert not (tmp_path / "runs").exists()
 
 
 ADDED = [
@@ -171,6 +190,8 @@ def test_the_shipped_configurations_have_no_unread_key(path, framework):
     cfg.require_sections()
     cfg.trainer.into(TrainerSettings), cfg.datasets.vla_data.into(DataSettings)
     cfg.evaluation.into(EvaluationSettings), cfg.framework.to_dict()
+    if "vlm_data" in cfg.datasets:
+        cfg.datasets.vlm_data.into(ConversationSettings)
     assert [cfg.get(key) is None for key in ("seed", "run_id", "run_root_dir")] == [False] * 3
     cfg.require_read()
     assert cfg.unread() == []

@@ -151,5 +151,8 @@ def test_a_loss_of_the_model_in_half_precision_is_logged_in_full(config, losses)
 
 def test_a_loss_is_logged_wherever_its_name_stands_in_the_alphabet():
     losses = {"a_first": 2.0, "action_loss": 1.0, "loss": 4.0, "text_loss": 3.0}
-    found = other_losses(SimpleNamespace(losses=losses))
+    sources = {"vla": SimpleNamespace(loss="action_loss")}
+    found = other_losses(SimpleNamespace(losses=losses, sources=sources))
     assert found == {"a_first": 2.0, "loss/loss": 4.0, "text_loss": 3.0}
+    both = sources | {"vlm": SimpleNamespace(loss="text_loss")}
+    assert other_losses(SimpleNamespace(losses=losses, sources=both)) == found | {"action_loss": 1.0}

@@ -8,7 +8,7 @@ Docs: https://vla-bench.github.io/vla_bench/benchmarks/metaworld.html.md"""
 __all__ = ['VERBS', 'INSTRUCTIONS', 'REGULAR', 'TASKS', 'EGL_PACKAGES', 'EGL_HINT', 'OPEN', 'CAMERAS', 'UPSIDE_DOWN',
            'CONTROL_RATE', 'ACTION_UNITS', 'ACTION', 'STATE_UNITS', 'STATE', 'instruction_of', 'load_simulator',
            'close_simulators', 'open_renderer', 'Simulator', 'MetaWorldEnvironment', 'check_cameras',
-           'installed_versions', 'MetaWorld', 'Demonstration', 'expert', 'demonstrate', 'record', 'main']
+           'installed_versions', 'MetaWorld', 'expert', 'demonstrate', 'record', 'main']
 
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #shows001
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -26,7 +26,6 @@ import warnings
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .benchmark import Benchmark, BenchmarkSpec, Environment, Step, check_action
+from .record import Demonstration, add_demonstration, open_writer
 from ..config import cli_errors
 from ..data.layout import Layout
 from ..registry import BENCHMARKS, RegistryError, install_hint, suggest
@@ -368,17 +368,6 @@ def close(self: MetaWorld) -> None:
         self._idle.close()
     self._idle = None
 
-# %% ../../nbs/benchmarks/10_metaworld.ipynb #0dc7cd42
-@dataclass
-class Demonstration:
-    """One successful episode of an expert; row t is what was seen before action t."""
-
-    task: str
-    seed: int
-    images: dict[str, np.ndarray]  # camera to uint8 [T, H, W, 3]
-    state: np.ndarray  # float32 [T, 4]
-    action: np.ndarray  # float32 [T, 4], what the expert wanted
-
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #4d792b7e
 def expert(task: str) -> Any:
     """MetaWorld's scripted policy of a task: a function of the privileged observation [39] to an action [4]."""
@@ -441,24 +430,6 @@ def _begin_recording(out: Path) -> Path:
     partial.mkdir(parents=True)
     return partial
 
-
-def _open_writer(root: Path, benchmark: MetaWorld, version: str) -> Any:
-    try:
-        from vla_bench.data.writer import LeRobotWriter
-    except ModuleNotFoundError as error:
-        raise RegistryError(f"recording needs {error.name!r}: {install_hint(error.name)}") from error
-
-    return LeRobotWriter(
-        root,
-        fps=round(CONTROL_RATE),
-        cameras={camera: benchmark.image_size for camera in benchmark.cameras},
-        state=STATE,
-        action=ACTION,
-        version=version,
-        robot_type="sawyer",
-        benchmark="metaworld",
-    )
-
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #416eeb11
 def _successes(
     benchmark: MetaWorld,
@@ -513,7 +484,7 @@ def record(
     report: dict[str, Any] = {"episodes": 0, "frames": 0, "failed_seeds": {}}
     total = episodes * len(benchmark.tasks())
     with (
-        _open_writer(partial / "dataset", benchmark, version) as writer,
+        open_writer(partial / "dataset", benchmark.spec, version=version, robot_type="sawyer") as writer,
         tqdm(total=total, unit="demo", mininterval=2.0, disable=not show_progress) as bar,
     ):
         for task in benchmark.tasks():
@@ -527,8 +498,7 @@ def record(
 
 
 def _write_demonstration(writer: Any, demo: Demonstration, report: dict[str, Any]) -> None:
-    lang = instruction_of(demo.task)
-    writer.add_episode(images=demo.images, state=demo.state, action=demo.action, task=lang)
+    add_demonstration(writer, demo, instruction_of(demo.task))
     report["episodes"] += 1
     report["frames"] += len(demo.action)
 

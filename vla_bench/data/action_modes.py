@@ -265,13 +265,22 @@ def action_statistics(
     windows = [_chunk_rows(np.asarray(starts), horizon) for _, _, starts in tables]
     slices, found = part_slices(encoding.action), []
     for part, mode in zip(encoding.action, encoding.modes):
-        seen = []
-        for (actions, states, _), (rows, is_pad) in zip(tables, windows):
-            values = np.asarray(actions, np.float64)[:, slices[part.name]][rows]
-            encoded = _encode_part(encoding, part, mode, values, _reference(encoding, part, mode, states))
-            seen.append(encoded[~is_pad])
-        found.append(compute_statistics(seen))
+        columns = [np.asarray(actions, np.float64)[:, slices[part.name]] for actions, _, _ in tables]
+        starts = [_reference(encoding, part, mode, states) for _, states, _ in tables]
+        for where in _alone(part):
+            seen = []
+            for values, start, (rows, is_pad) in zip(columns, starts, windows):
+                start = None if start is None else start[:, where]
+                chunks = np.ascontiguousarray(values[:, where])[rows]
+                seen.append(_encode_part(encoding, part, mode, chunks, start)[~is_pad])
+            found.append(compute_statistics(seen))
     return _join(found)
+
+
+def _alone(part: Part) -> list[slice]:
+    """What of a part is encoded by itself: a rotation as a whole, anything else number by number."""
+    width = len(part.dims)
+    return [slice(0, width)] if part.kind == "rotation" else [slice(d, d + 1) for d in range(width)]
 
 # %% ../../nbs/data/14_action_modes.ipynb #3b3f8519
 def encoding_to_dict(encoding: Encoding) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Docs: https://vla-bench.github.io/vla_bench/data/conversations.html.md"""
 # %% auto #0
 __all__ = ['COLOUR_MODES', 'KEY', 'FIXED', 'SHOWN', 'read_image', 'fit_pixels', 'ConversationSettings', 'FileEntries',
            'open_entries', 'Conversation', 'ConversationDataset', 'open_conversations', 'conversation_problems',
-           'summary', 'plain_text', 'made_up_conversations', 'main']
+           'summary', 'plain_text', 'made_up_conversations', 'write_example', 'main']
 
 # %% ../../nbs/data/72_conversations.ipynb #49853ae3
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+from omegaconf import OmegaConf
 from PIL import Image
 
 from ..config import Config, ConfigError, cli_errors, load_config, require, require_whole
@@ -288,6 +289,15 @@ def made_up_conversations(
     place = {"annotation_path": str(folder / "made_up.json"), "data_path": str(folder)}
     return {"datasets": {"vlm_data": {"dataset_use": "made_up", "data_dict": {"made_up": place}}}}
 
+# %% ../../nbs/data/72_conversations.ipynb #8d3337f6
+def write_example(folder: str | Path) -> None:
+    """Writes `made_up_conversations` into a folder and prints their configuration. Raises `ValueError` for a full one."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already; name a folder that is new or empty")
+    folder.mkdir(parents=True, exist_ok=True)
+    print(OmegaConf.to_yaml(OmegaConf.create(made_up_conversations(folder))).rstrip())
+
 # %% ../../nbs/data/72_conversations.ipynb #f467eb08
 def main(
     argv: Sequence[str] | None = None,
@@ -298,12 +308,21 @@ def main(
         description="Check the conversations of a configuration and print one.",
         epilog="Overrides: --datasets.vlm_data.dataset_use a,b%50",
     )
-    parser.add_argument("--config_yaml", required=not made_up, help="YAML file or run folder")
+    parser.add_argument("--config_yaml", help="YAML file or run folder")
+    parser.add_argument(
+        "--write", metavar="FOLDER", help="write two conversations there, as an example, and end"
+    )
     parser.add_argument("--sample", type=int, default=0, help="which one to print")
     parser.add_argument(
         "--images", type=int, default=1000, help="of how many conversations images are decoded"
     )
     options, overrides = parser.parse_known_args(argv)
+    if options.write:
+        with cli_errors():
+            write_example(options.write)
+        return
+    if not (options.config_yaml or made_up):
+        parser.error("the following arguments are required: --config_yaml")
     with cli_errors(), tempfile.TemporaryDirectory() as folder:
         cfg = load_config(options.config_yaml or made_up_conversations(folder), overrides)
         settings = cfg.section(KEY).into(ConversationSettings)

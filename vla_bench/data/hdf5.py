@@ -6,7 +6,7 @@ Docs: https://vla-bench.github.io/vla_bench/data/hdf5.html.md"""
 
 # %% auto #0
 __all__ = ['TURNS', 'STATES', 'turned', 'open_hdf5', 'item', 'numbers', 'attributes', 'instruction_in', 'rate_in', 'Reading',
-           'is_images', 'choose', 'demos', 'read_demo', 'layouts', 'convert_hdf5', 'main']
+           'is_images', 'choose', 'demos', 'read_demo', 'layouts', 'convert_hdf5', 'make_writer', 'check_same', 'main']
 
 # %% ../../nbs/data/90_hdf5.ipynb #83b45e1d
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -235,9 +235,9 @@ def convert_hdf5(
                 for name in demos(file):
                     frames, values, action = read_demo(file, name, reading)
                     if writer is None:
-                        made = _make_writer(root, frames, values, action, rate, robot, version, crf)
+                        made = make_writer(root, frames, values, action, rate, robot, version, crf)
                         writer = opened.enter_context(made)
-                    _check_same(writer, frames, rate, f"{path}: {name}")
+                    check_same(writer, frames, rate, f"{path}: {name}")
                     writer.add_episode(images=frames, state=values, action=action, task=lang)
                     report["episodes"] += 1
                     report["frames"] += len(action)
@@ -255,16 +255,17 @@ def _said(file: Any, task: str | None, fps: float | None) -> tuple[str, float]:
     return lang, rate
 
 
-def _make_writer(
+def make_writer(
     root: Path,
-    frames: Mapping,
-    state: Any,
-    action: np.ndarray,
-    rate: float,
-    robot: str | None,
+    frames: Mapping[str, np.ndarray],  # camera to uint8 [T, H, W, 3]
+    state: np.ndarray | None,  # [T, S]
+    action: np.ndarray,  # [T, D]
+    rate: float,  # Hz
+    robot: str | None,  # whose layouts the numbers have; None: they have no names
     version: str,
     crf: int,
 ) -> LeRobotWriter:
+    """A writer for demonstrations like this first one. Raises `ValueError` for a robot of other widths."""
     sizes = {camera: images.shape[1:3] for camera, images in frames.items()}
     state_layout, action_layout, name = layouts(robot, state, action)
     return LeRobotWriter(
@@ -279,7 +280,7 @@ def _make_writer(
     )
 
 
-def _check_same(writer: LeRobotWriter, frames: Mapping[str, np.ndarray], rate: float, where: str) -> None:
+def check_same(writer: LeRobotWriter, frames: Mapping[str, np.ndarray], rate: float, where: str) -> None:
     """Raises `DatasetError` for another rate or image size than that of the first demonstration."""
     if rate != writer.fps:
         raise DatasetError(f"{where} runs at {rate:g} Hz, the files before it at {writer.fps:g} Hz")

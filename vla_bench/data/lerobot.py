@@ -31,6 +31,7 @@ from .layout import Layout
 from .lerobot_files import Episode, read_files
 from .normalize import Normalizer, compute_statistics
 from .paths import DatasetError
+from .remote import dataset_name, open_files
 from .robots import read_robot, role_cameras
 from .sample import Sample
 from .table import choose_episodes, only, read_table, window
@@ -46,7 +47,7 @@ class LeRobotDataset:
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path,  # a folder, or any URL that fsspec knows
         *,
         horizon: int = 1,  # actions in a chunk, T
         cameras: Sequence[str] | None = None,  # features, or their last names; None for all in declared order
@@ -56,14 +57,16 @@ class LeRobotDataset:
         episodes: Sequence[int] | None = None,  # episode indices, only whose files are needed; None for all
         name: str | None = None,  # names the statistics; None for the folder's name
         follow_links: bool = False,  # read files that are links out of the dataset's folder
+        cache: str | Path | None = None,  # for a dataset at a URL: where its files are while they are needed
     ):
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1, got {horizon}")
-        self.files = files = only(read_files(root, follow_links=follow_links), episodes)
+        files = only(open_files(root, cache=cache, follow_links=follow_links), episodes)
+        self.files = files
         self._keys = camera_keys(files, cameras)
         self._table = read_table(files, action_key, state_key)
         self.subset = choose_episodes(files, episodes)
-        self.root, self.name, self.horizon = files.root, name or files.root.name, horizon
+        self.root, self.name, self.horizon = files.root, name or dataset_name(root, files), horizon
         self.fps = float(files.info.fps)
         self.benchmark: str = files.info.vla_bench.benchmark if files.info.vla_bench else ""
         self.cameras = tuple(short_name(files, key) for key in self._keys)
@@ -101,6 +104,12 @@ def action_layout(self: LeRobotDataset) -> Layout:
 def state_layout(self: LeRobotDataset) -> Layout | None:
     """What a state means; None when none is read."""
     return self._table.state_layout
+
+
+@patch(as_prop=True)
+def image_keys(self: LeRobotDataset) -> tuple[str, ...]:
+    """Features of the cameras, in their order."""
+    return tuple(self._keys)
 
 
 @patch(as_prop=True)

@@ -63,6 +63,10 @@ class Folder:
     follow_links: bool = False  # also out of the folder
     inside: dict[str, bool] = field(default_factory=dict, repr=False)  # folders that were looked up
 
+    def has(self, path: Path) -> bool:
+        """Whether there is something at a path."""
+        return path.exists()
+
     def is_inside(self, path: str) -> bool:
         """Whether the real place of a path is below the real place of the dataset."""
         root = os.path.realpath(self.root)

@@ -9,32 +9,39 @@ __all__ = ['source_rows', 'with_values', 'trimmed_times', 'moved_turns', 'with_i
            'numbers_of', 'summaries', 'image_statistics']
 
 # %% ../../nbs/data/85_row_copy.ipynb #dd7c58ab
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import pyarrow as pa
+
 from .columns import as_array
-from .episode_plan import Piece
-from .episode_plan import Source
-from .episode_plan import task_columns
-from .images import read_image
-from .paths import DatasetError
-from .paths import Folder
-from .paths import path_in
-from .schema import one_line
-from .schema import open_table
-from .table import check_episode_rows
-from .table import runs
-from .writer import column_summary
-from .writer import histogram
-from .writer import image_summary
-from .images import not_rgb
+from .episode_plan import Piece, Source, task_columns
+from .images import not_rgb, read_image
+from .paths import DatasetError, Folder, path_in
+from .schema import one_line, open_table
+from .table import check_episode_rows, runs
+from .writer import INDEX_FEATURES, column_summary, histogram, image_summary
+from ..registry import suggest
 
 # %% ../../nbs/data/85_row_copy.ipynb #ae9dfbd0
+_COUNTERS = ("timestamp", "frame_index", "episode_index", "task_index")
+
+
+def _leaf(kind: pa.DataType) -> pa.DataType:
+    """The type of the numbers in a list of lists."""
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return kind
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+# %% ../../nbs/data/85_row_copy.ipynb #fe8e52bf
 @lru_cache(maxsize=2)
 def _table(folder: Folder, path: Path) -> tuple[pa.Table, dict[int, tuple[int, int]]]:
     """A data file, and where each episode stands in it."""
@@ -53,8 +60,22 @@ def source_rows(piece: Piece) -> pa.Table:
     """The rows of a piece as they are in the source. Raises `DatasetError` naming the file."""
     folder, episode = piece.source.files.folder, piece.episode
     table, places = _table(folder, episode.data)
+    _check_columns(table.schema, piece)
     begin, _ = check_episode_rows(episode, places.get(episode.index))
     return table.slice(begin + piece.start, piece.end - piece.start)
+
+
+def _check_columns(schema: pa.Schema, piece: Piece) -> None:
+    """Raises `DatasetError` for a column that is missing or stands twice, or a counter that is no number."""
+    path, features = piece.episode.data, piece.source.files.features
+    needed = [n for n, f in features.items() if f.dtype not in ("video", "language")]
+    for name in dict.fromkeys([*_COUNTERS, *needed, *schema.names]):
+        if (times := schema.names.count(name)) != 1:
+            what = f"stands {times} times" if times else "is missing"
+            raise DatasetError(f"{path}: column {name!r} {what}{suggest(name, schema.names)}")
+    for name in (*_COUNTERS, *(n for n in INDEX_FEATURES if n in schema.names)):
+        if not _is_number(leaf := _leaf(schema.field(name).type)):
+            raise DatasetError(f"{path}: column {name!r} holds {leaf}, expected numbers")
 
 # %% ../../nbs/data/85_row_copy.ipynb #553e658d
 def with_values(table: pa.Table, name: str, values: np.ndarray) -> pa.Table:
@@ -90,12 +111,21 @@ def moved_turns(
 def with_image_files(table: pa.Table, name: str, folder: Folder) -> pa.Table:
     """A column of images, each with its bytes. Raises `DatasetError` for a file that is not there."""
     rows, kind = table[name].to_pylist(), table.schema.field(name)
-    if all(not isinstance(row, Mapping) or row.get("bytes") is not None for row in rows):
+    inside = [row.get("bytes") if isinstance(row, Mapping) else row for row in rows]
+    if all(isinstance(each, bytes) for each in inside):
         return table
-    where = f"{folder.root}: column {name!r}"
-    inside = lambda row: folder.check(path_in(folder.root, row.get("path") or "", where)).read_bytes()
-    filled = [row if row["bytes"] is not None else {**row, "bytes": inside(row)} for row in rows]
-    return table.set_column(table.schema.get_field_index(name), kind, pa.array(filled, kind.type))
+    where, found = f"{folder.root}: column {name!r}", []
+    for row in rows:
+        if not isinstance(row, Mapping) or not {"bytes", "path"} <= row.keys():
+            raise DatasetError(f"{where} holds {kind.type}, expected the bytes and the path of an image")
+        stored = (
+            row["bytes"] or folder.check(path_in(folder.root, str(row["path"] or ""), where)).read_bytes()
+        )
+        found.append({**row, "bytes": stored})
+    try:
+        return table.set_column(table.schema.get_field_index(name), kind, pa.array(found, kind.type))
+    except (pa.ArrowException, TypeError) as error:
+        raise DatasetError(f"{where} holds {kind.type}, in which no images can be kept") from error
 
 # %% ../../nbs/data/85_row_copy.ipynb #427fd4fe
 def new_rows(
@@ -104,8 +134,9 @@ def new_rows(
     first: int,  # how many frames the episodes before it have
     tasks: Mapping[int, int],  # number of an instruction in the source to its number in the new dataset
 ) -> pa.Table:
-    """The rows of a piece: columns renamed, counters counted anew, all else as it is."""
-    table, source = source_rows(piece), piece.source
+    """The rows of a piece: columns renamed or left out, counters counted anew, all else as it is."""
+    source, table = piece.source, source_rows(piece)
+    table = table.select([name for name in table.column_names if name not in source.removed])
     steps, known = np.arange(len(table)), table.column_names
     numbers = lambda rows, name: as_array(rows[name], f"{piece.where}: column {name!r}")[:, 0]
     values = {"episode_index": np.full(len(steps), episode), "index": first + steps}
@@ -119,7 +150,7 @@ def new_rows(
         }
     for name in (name for name in values if name in known):
         table = with_values(table, name, values[name])
-    for name in (name for name in known if name in source.files.features):
+    for name in (name for name in known if name in source.features):
         kind, place = source.files.features[name].dtype, table.schema.get_field_index(name)
         if kind == "language" and piece.start:
             table = table.set_column(
@@ -130,21 +161,14 @@ def new_rows(
 
 
 def _renamed(table: pa.Table, source: Source) -> pa.Table:
-    if not source.names:
+    if not source.names and not source.removed:
         return table
     kept = {
         k: v for k, v in (table.schema.metadata or {}).items() if k != b"huggingface"
-    }  # it has the old names
+    }  # it has the old features
     return table.rename_columns([source.name(n) for n in table.column_names]).replace_schema_metadata(kept)
 
 # %% ../../nbs/data/85_row_copy.ipynb #9c95bcc1
-def _leaf(kind: pa.DataType) -> pa.DataType:
-    """The type of the numbers in a list of lists."""
-    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        kind = kind.value_type
-    return kind
-
-
 def as_schema(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
     """The same rows in a schema. Raises `DatasetError` naming the column that does not fit."""
     if odd := set(table.column_names) ^ set(schema.names):
@@ -165,9 +189,7 @@ def as_schema(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
 def numbers_of(column: Any) -> np.ndarray | None:  # [N, ...]
     """A column as numbers; None for texts, images, vectors of different lengths, or empty rows."""
     leaf = _leaf(column.type)
-    if column.null_count or not (
-        pa.types.is_integer(leaf) or pa.types.is_floating(leaf) or pa.types.is_boolean(leaf)
-    ):
+    if column.null_count or not _is_number(leaf):
         return None
     deep = pa.types.is_nested(column.type) and pa.types.is_nested(column.type.value_type)
     try:

@@ -1,4 +1,4 @@
-"""Delete, split, merge, trim, rewrite, rename and convert, without encoding a video again
+"""Delete, split, merge, trim, rewrite, rename, remove and convert, without encoding a video again
 
 Docs: https://vla-bench.github.io/vla_bench/data/surgery.html.md"""
 
@@ -228,7 +228,8 @@ def _edit(options: argparse.Namespace) -> list[Report]:
         pieces = _rewritten(options)
     else:
         names = _pairs(options.features, "--features") if options.command == "rename" else None
-        pieces = pieces_of(open_source(options.source, names))
+        removed = options.features if options.command == "remove" else ()
+        pieces = pieces_of(open_source(options.source, names, removed))
     report = write_edited(pieces, options.target, options.version)
     report.notes += notes
     return [report]
@@ -268,6 +269,8 @@ def _parser() -> argparse.ArgumentParser:
     rewrite.add_argument("--file", help="a JSON file of old instructions and new ones")
     rewrite.add_argument("--episodes", help="only in these, such as 3,7,10-12")
     add("rename", "rename features").add_argument("--features", nargs="+", required=True, metavar="OLD=NEW")
+    remove = add("remove", "leave out features")
+    remove.add_argument("--features", nargs="+", required=True, metavar="NAME", help="columns or cameras")
     add("convert", "write another version of the format")
     return parser
 

@@ -42,7 +42,7 @@ def read_file(
     widths: Mapping[str, int],  # numbers in a row of each wanted column
 ) -> dict[str, np.ndarray]:  # each [N, D]
     """The wanted columns and the counters of a data file. Raises `DatasetError` naming the file."""
-    if not episode.data.exists():
+    if not files.folder.has(episode.data):
         raise DatasetError(f"{episode.data} is missing; it holds episode {episode.index}")
     columns = read_columns(files.folder, episode.data, _names(widths))
     _check_columns(columns, widths, str(episode.data))
@@ -134,7 +134,7 @@ def _read_joined(
     files: DatasetFiles, first: Mapping[Path, Episode], widths: Mapping[str, int]
 ) -> dict[Path, dict[str, np.ndarray]] | None:
     """Many files, as v2 has them, as parts of one array per column; None when one of them is not as the others."""
-    if not all(path.exists() for path in first):
+    if not all(map(files.folder.has, first)):
         return None
     paths, names = list(first), _names(widths)
     read = lambda begin: [read_rows(files.folder, path, names) for path in paths[begin : begin + 256]]

@@ -10,15 +10,16 @@ __all__ = ['Run', 'Packets', 'read_packets', 'Clip', 'Cut', 'find_cut', 'runs_of
 # %% ../../nbs/data/86_video_copy.ipynb #8ae4e9ea
 import shutil
 import struct
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
 import av
 import numpy as np
+
 from .paths import DatasetError
 from .video import CONTAINERS
 

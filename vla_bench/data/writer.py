@@ -260,7 +260,7 @@ def modality_json(
 # %% ../../nbs/data/40_writer.ipynb #62d05bc2
 def write_episodes_v2(meta: Path, episodes: Sequence[Mapping], tasks: Mapping[str, int]) -> None:
     """`episodes.jsonl`, `episodes_stats.jsonl` and `tasks.jsonl`."""
-    short = [{k: e[k] for k in ("episode_index", "tasks", "length")} for e in episodes]
+    short = [{k: v for k, v in e.items() if k != "stats" and "/" not in k} for e in episodes]
     stats = [{k: e[k] for k in ("episode_index", "stats")} for e in episodes]
     rows = [{"task_index": index, "task": task} for task, index in tasks.items()]
     for name, lines in (("episodes", short), ("episodes_stats", stats), ("tasks", rows)):
@@ -397,8 +397,9 @@ def add_episode(
     state: np.ndarray | None,  # [T, S], physical
     action: np.ndarray,  # [T, D], physical
     task: str,  # the instruction
+    details: Mapping[str, Any] | None = None,  # what else the metadata shall say of it: a success, a seed
 ) -> None:
-    """Appends one episode."""
+    """Appends one episode. Raises `ValueError` for one that does not fit, or details that are called like other metadata."""
     index, first = len(self.episodes), sum(e["length"] for e in self.episodes)
     values = {"action": action, "observation.state": state}
     vectors = {name: (layout, values[name]) for name, layout in self.layouts.items()}
@@ -408,7 +409,10 @@ def add_episode(
     counters["episode_index"] = np.full(len(steps), index)
     counters["task_index"] = np.full(len(steps), self.tasks.setdefault(task, len(self.tasks)))
     arrays |= {name: counters[name].astype(dtype)[:, None] for name, dtype in INDEX_FEATURES.items()}
-    self._write(index, arrays, images, {"episode_index": index, "tasks": [task], "length": len(steps)})
+    entry = {"episode_index": index, "tasks": [task], "length": len(steps), "stats": {}}
+    if taken := [name for name in details or {} if name in entry or "/" in name]:
+        raise ValueError(f"episode {index}: details cannot be called {taken[0]!r}")
+    self._write(index, arrays, images, entry | dict(details or {}))
 
 # %% ../../nbs/data/40_writer.ipynb #63da1ec7
 @patch

@@ -8,7 +8,7 @@ Docs: https://vla-bench.github.io/vla_bench/models/features.html.md"""
 __all__ = ['Features', 'last_valid', 'BackboneSizes']
 
 # %% ../../nbs/models/00_features.ipynb #ures0002
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,12 @@ class Features:
         names = ("hidden", "mask", "state", "embodiment", "image", "action_mask")
         own = {name: repeat(getattr(self, name)) for name in names}
         return Features(**own, num_extra=self.num_extra)
+
+    def detached(self) -> "Features":
+        """The same numbers, through which no gradient reaches the backbone."""
+        states = lambda each: None if each is None else tuple(state.detach() for state in each)
+        cache = None if self.cache is None else tuple((k.detach(), v.detach()) for k, v in self.cache)
+        return replace(self, hidden=self.hidden.detach(), layers=states(self.layers), cache=cache)
 
 # %% ../../nbs/models/00_features.ipynb #ures0007
 def last_valid(

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from ..config import suggest
 from ..data.layout import PolicySpec, spec_from_dict, spec_to_dict
 from ..data.lerobot_files import DatasetFiles
+from ..data.remote import RemoteFolder
 from vla_bench.files import (
     Kind,
     NotWrittenError,
@@ -370,6 +371,12 @@ def data_identity(
     root = files.root
     relative = lambda path: path.relative_to(root).as_posix()
     metadata = sorted(p for p in (root / "meta").rglob("*") if p.is_file() and not p.name.startswith("."))
+    if isinstance(files.folder, RemoteFolder):  # what is elsewhere is not fetched for this
+        return {
+            "metadata": {relative(path): file_hash(path) for path in metadata},
+            "columns": {},
+            "videos": {},
+        }
     data = sorted({episode.data for episode in files.episodes})
     videos = sorted({path for episode in files.episodes for path, _ in episode.videos.values()})
     if any(feature.dtype == "image" for feature in files.features.values()):

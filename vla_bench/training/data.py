@@ -22,11 +22,13 @@ from ..data.action_modes import MODES as ACTION_MODES
 from ..data.action_modes import Encoding, encoded_layout, encoding_to_dict, make_encoding
 from ..data.layout import PolicySpec
 from ..data.lerobot import LeRobotDataset, short_name
-from ..data.lerobot_files import DatasetFiles, read_files
+from ..data.lerobot_files import DatasetFiles
 from ..data.mixture import Mixture, MixtureEntry, read_mixture
 from ..data.normalize import MODES, Normalizer, statistics_hash
 from ..data.order import MixtureOrder
+from ..data.remote import is_url, open_files
 from ..data.robots import Robot, check_robot, read_robot, role_cameras
+from ..data.streaming import ShardOrder, stream_order
 from ..data.transforms import ImageTransforms, transforms_from_list
 from ..data.view import ModelView
 from ..data.viewed import ViewedDataset, viewed_statistics
@@ -69,6 +71,9 @@ class DataSettings:
     observation_steps: int = 1  # observations that the model sees at once
     observation_stride: int = 1  # frames between two
     future_frames: list[int] = field(default_factory=list)  # offsets of images that a model learns to predict
+    streaming: bool = False  # file after file, mixed in a buffer; `root` may then be a URL
+    buffer_size: int = 10_000  # samples that a stream mixes
+    cache: str | None = None  # folder for the files of a URL while they are needed
 
     def __post_init__(self):
         _check_places(self)
@@ -87,9 +92,26 @@ def _check_places(settings: DataSettings) -> None:
     for name in ("root", "action_key"):
         text = vars(settings)[name]
         require(text is None or bool(text.strip()), f"{KEY}.{name}", "a name, not an empty text", text)
+    _check_stream(settings)
     if (cameras := settings.cameras) is not None:
         fits = 0 < len(cameras) == len(set(cameras))
         require(fits, f"{KEY}.cameras", "one camera or more, none of them twice", cameras)
+
+
+def _check_stream(settings: DataSettings) -> None:
+    """Raises `ConfigError` for a stream of several datasets, and for a URL that is not streamed or has no cache."""
+    require_whole(f"{KEY}.buffer_size", settings.buffer_size, least=1)
+    if settings.streaming and settings.root is None:
+        raise ConfigError(
+            f"{KEY}.streaming reads one dataset, file after file; a mixture needs all of its files"
+        )
+    if settings.root is not None and is_url(settings.root):
+        if not settings.streaming:
+            raise ConfigError(f"{KEY}.root is a URL, {settings.root}: set {KEY}.streaming to true")
+        if settings.cache is None:
+            raise ConfigError(
+                f"{KEY}.root is a URL, {settings.root}: {KEY}.cache must name a folder for its files"
+            )
 
 
 def _check_numbers(settings: DataSettings) -> None:
@@ -178,16 +200,19 @@ def sources(settings: DataSettings) -> tuple[MixtureEntry, ...]:
     )
 
 # %% ../../nbs/training/22_data.ipynb #1d2a9ee5
-def _open_files(entry: MixtureEntry, robot: Robot | None, horizon: int, follow_links: bool) -> LeRobotDataset:
+def _open_files(
+    entry: MixtureEntry, robot: Robot | None, horizon: int, settings: DataSettings
+) -> LeRobotDataset:
     """The whole dataset, with the cameras that are asked for by name or by role."""
-    files, cameras = read_files(entry.dataset, follow_links=follow_links), entry.cameras
+    place, cameras = {"cache": settings.cache, "follow_links": settings.follow_links}, entry.cameras
     if robot and cameras:
+        files = open_files(entry.dataset, **place)
         names = [short_name(files, key) for key in files.cameras()]
         cameras = role_cameras(robot, cameras, names, str(files.root))
-    keys = {"action_key": entry.action_key, "state_key": entry.state_key, "follow_links": follow_links}
+    keys = {"action_key": entry.action_key, "state_key": entry.state_key, **place}
     dataset = LeRobotDataset(entry.dataset, horizon=horizon, cameras=cameras, name=entry.name, **keys)
     if robot:
-        check_robot(robot, str(files.root), dataset.action_layout, dataset.state_layout, dataset.fps)
+        check_robot(robot, str(dataset.root), dataset.action_layout, dataset.state_layout, dataset.fps)
     return dataset
 
 
@@ -207,7 +232,7 @@ def open_dataset(
     """The whole dataset in physical units, by every setting; of a mixture the first."""
     entry = sources(settings)[0]
     robot = read_robot(entry.robot) if entry.robot else None
-    return _open_files(entry, robot, horizon, settings.follow_links)
+    return _open_files(entry, robot, horizon, settings)
 
 # %% ../../nbs/training/22_data.ipynb #2fcb90a7
 @dataclass(frozen=True)
@@ -254,8 +279,11 @@ class Opened:
 def open_entry(entry: MixtureEntry, settings: DataSettings, horizon: int, seed: int) -> Opened:
     """Opens and splits one dataset. Raises `ValueError` or `FileNotFoundError` in one line."""
     robot = read_robot(entry.robot) if entry.robot else None
-    whole = _open_files(entry, robot, horizon, settings.follow_links)
+    whole = _open_files(entry, robot, horizon, settings)
     episodes = split_episodes(whole.episodes, settings.held_out, seed)
+    if settings.streaming:  # the last ones are held out, which are in few files
+        every, cut = sorted(whole.episodes), len(episodes[0])
+        episodes = every[:cut], every[cut:]
     return Opened(entry, whole, robot, _encoding(entry, robot, settings.rotation), episodes)
 
 # %% ../../nbs/training/22_data.ipynb #5f7ccd8c
@@ -330,6 +358,7 @@ class Data:
 
     members: tuple[Member, ...]
     mixture: Mixture | None  # of the training episodes; None for a single dataset
+    buffer_size: int | None = None  # samples that a stream mixes; None: all files are there, any may be next
 
     @property
     def train(self) -> ViewedDataset | Mixture:
@@ -377,14 +406,16 @@ def open_data(
     statistics = common_statistics(opened, settings.statistics)
     members = tuple(make_member(each, settings, own) for each, own in zip(opened, statistics))
     if settings.mixture is None:
-        return Data(members, None)
+        return Data(members, None, settings.buffer_size if settings.streaming else None)
     weights = [entry.weight for entry in entries]
     return Data(members, Mixture([member.train for member in members], None if None in weights else weights))
 
 # %% ../../nbs/training/22_data.ipynb #1915d4aa
 @patch
-def order(self: Data, seed: int) -> MixtureOrder | None:
+def order(self: Data, seed: int) -> MixtureOrder | ShardOrder | None:
     """Which row comes when; None for a single dataset, whose epochs are permutations."""
+    if self.buffer_size is not None:
+        return stream_order(self.members[0].train.dataset, self.buffer_size, seed)
     return self.mixture.order(seed) if self.mixture else None
 
 

@@ -23,6 +23,7 @@ from ..config import ConfigError
 from ..data.normalize import Normalizer
 from ..data.order import MixtureOrder, row_at
 from ..data.sample import Sample
+from ..data.streaming import ShardOrder
 from ..data.transforms import NO_TRANSFORMS, ImageTransforms, RandomShift, transform_sample
 from ..files import append_jsonl, is_kind, read_jsonl, write_text
 from .checkpoint import what_stands
@@ -40,7 +41,7 @@ class BatchSampler:
     stop: int = 2**62  # number of the batch to stop before
     rank: int = 0  # of this process
     processes: int = 1
-    order: MixtureOrder | None = None  # of several datasets; None: each epoch is a permutation of the rows
+    order: MixtureOrder | ShardOrder | None = None  # of several datasets, or of a stream; None: permutations
 
     def row(self, position: int) -> int:
         """The row at a position."""

@@ -6,9 +6,9 @@ Docs: https://vla-bench.github.io/vla_bench/training/run.html.md"""
 
 # %% auto #0
 __all__ = ['COUNTS', 'FREE_KEYS', 'PLACES', 'TrainerSettings', 'RunSettings', 'check_processes', 'make_accelerator',
-           'differences', 'find_resume', 'check_dtype', 'inside', 'check_ranges', 'load_framework', 'identity', 'Run',
-           'progress', 'check_data', 'restore', 'save_policies', 'start_folder', 'make_optimizer', 'set_up', 'save',
-           'finish']
+           'differences', 'find_resume', 'check_dtype', 'inside', 'check_ranges', 'in_own_memory', 'load_framework',
+           'identity', 'Run', 'progress', 'check_data', 'restore', 'save_policies', 'start_folder', 'make_optimizer',
+           'set_up', 'save', 'finish']
 
 # %% ../../nbs/training/25_run.ipynb #grun0002
 import os
@@ -71,6 +71,17 @@ from vla_bench.training.optim import (
     warmup_cosine,
 )
 from .pretrained import load_pretrained, module_paths
+from vla_bench.training.sources import (
+    Objective,
+    ReadOthers,
+    Source,
+    check_insulation,
+    framework_weights,
+    freeze_untaught,
+    robot_source,
+    robots_alone,
+    weighted,
+)
 
 # %% ../../nbs/training/25_run.ipynb #c8f85b2d
 @dataclass
@@ -95,6 +106,7 @@ class TrainerSettings:
     eval_samples: int = 1024  # held-out frames per evaluation, evenly spread
     pretrained_checkpoint: str | None = None  # weights to start from: see `load_pretrained`
     reload_modules: Any = None  # module paths to load from it, a list or separated by commas; all without
+    loss_scale: Any = None  # weights of the sources' losses, such as {vla: 1.0, vlm: 0.1}
     resume: Any = (
         False  # true: continue the run that the folder holds; last_good: from its newest whole checkpoint
     )
@@ -110,6 +122,12 @@ class TrainerSettings:
         for path, rate in flat_learning_rates(self.learning_rate).items():
             key = ".".join(filter(None, ("trainer.learning_rate", path)))
             require(is_number(rate) and rate >= 0, key, "a finite number, not below 0", rate)
+        scale = {} if self.loss_scale is None else self.loss_scale
+        example = "a section such as {vla: 1.0, vlm: 0.1}"
+        require(isinstance(scale, Mapping), "trainer.loss_scale", example, scale)
+        for name, weight in scale.items():
+            fits = is_number(weight) and weight >= 0
+            require(fits, f"trainer.loss_scale.{name}", "a finite number, not below 0", weight)
         for key in ("freeze_modules", "reload_modules"):
             named = vars(self)[key]
             paths = named if isinstance(named, (list, tuple)) else [named or ""]
@@ -241,7 +259,13 @@ def _named(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**tree, "datasets": {**tree["datasets"], "vla_data": {**section, "mixture": named}}}
 
 # %% ../../nbs/training/25_run.ipynb #2fa619e6
-PLACES = ("run_root_dir", "run_id", "datasets.vla_data.root", "framework.vlm.base_vlm")
+PLACES = (
+    "run_root_dir",
+    "run_id",
+    "framework.vlm.base_vlm",
+    "datasets.vla_data.root",
+    "datasets.vla_data.cache",
+)
 _FOLDERS = re.compile(
     r"datasets\.vla_data\.(root|mixture\[\d+\]\.dataset) is "
 )  # of data; what they hold is compared
@@ -335,6 +359,13 @@ def check_ranges(framework: Framework, data: Data) -> None:
                     f"[{low:g}, {high:g}] and cuts what lies beyond: {way}"
                 )
 
+# %% ../../nbs/training/25_run.ipynb #3915f212
+def in_own_memory(framework: Framework) -> Framework:
+    """The framework, each of whose weights now begins where torch begins all of its tensors."""
+    for parameter in framework.parameters():
+        parameter.data = parameter.data.clone()
+    return framework
+
 # %% ../../nbs/training/25_run.ipynb #54d03d30
 def load_framework(
     section: dict,  # `framework` of the configuration
@@ -355,7 +386,7 @@ def load_framework(
             "set framework.action_horizon to the number that is meant"
         )
     check_ranges(framework, data)
-    return framework.float()
+    return in_own_memory(framework.float())
 
 # %% ../../nbs/training/25_run.ipynb #d1aa92db
 def identity(data: Data, verify: bool) -> dict[str, dict[str, Any]]:
@@ -380,18 +411,25 @@ class Run:
     spec: PolicySpec
     accelerator: Accelerator
     framework: Framework  # the bare one
-    model: torch.nn.Module  # the same as accelerate wrapped it: distribution, autocast
+    model: torch.nn.Module  # its `Objective` as accelerate wrapped it: distribution, autocast
     optimizer: torch.optim.Optimizer  # as accelerate wrapped it
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    view: AugmentedView  # the training data, addressed by (position, row)
+    sources: dict[str, Source]  # what a step learns from, by name
     step: int = 0  # optimizer steps done
     parts: list[dict[str, Any]] = field(default_factory=list)  # what is trained, see `parts_table`
-    losses: dict[str, float] = field(default_factory=dict)  # of the last step, as the framework names them
+    losses: dict[str, float] = field(default_factory=dict)  # of the last step, as the sources name them
+
+    @property
+    def view(self) -> AugmentedView:
+        """The robots' training data, addressed by (position, row)."""
+        return self.sources["vla"].view
 
     @cached_property
     def identity(self) -> dict[str, dict[str, Any]]:
         """What tells the data from others; read once, at the start."""
-        return identity(self.data, self.settings.verify)
+        found = identity(self.data, self.settings.verify)
+        others = {f"{s.name}/{file}": value for s in self.sources.values() for file, value in s.files.items()}
+        return {**found, "metadata": found["metadata"] | others}
 
     @cached_property
     def configuration(self) -> dict[str, Any]:
@@ -400,18 +438,18 @@ class Run:
 
 # %% ../../nbs/training/25_run.ipynb #774d4c83
 @patch
-def sampler(self: Run) -> BatchSampler:
-    """This process's batches from the present step to the end of the run."""
-    each = self.settings.gradient_accumulation_steps
+def sampler(self: Run, name: str = "vla") -> BatchSampler:
+    """This process's batches of a source, from the present step to the end of the run."""
+    each, source = self.settings.gradient_accumulation_steps, self.sources[name]
     return BatchSampler(
-        rows=len(self.view),
+        rows=len(source.view),
         seed=self.seed,
-        batch_size=self.settings.per_device_batch_size,
+        batch_size=source.batch_size,
         first=self.step * each,
         stop=self.settings.max_train_steps * each,
         rank=self.accelerator.process_index,
         processes=self.accelerator.num_processes,
-        order=self.data.order(self.seed),
+        order=source.order,
     )
 
 # %% ../../nbs/training/25_run.ipynb #fca12f1e
@@ -419,6 +457,8 @@ def progress(run: Run) -> dict[str, Any]:
     """Where a run stands: goes into each checkpoint."""
     settings, processes = run.settings, run.accelerator.num_processes
     per_step = settings.per_device_batch_size * settings.gradient_accumulation_steps * processes
+    others = {s.name: {"rows": len(s.view), "batch_size": s.batch_size} for s in run.sources.values()}
+    others.pop("vla", None)  # which the keys below tell, as they did before there were others
     return {
         "step": run.step,
         "position": run.step * per_step,
@@ -427,6 +467,7 @@ def progress(run: Run) -> dict[str, Any]:
         "rows": len(run.view),
         "held_out": run.data.held_out_episodes(),
         "statistics_hash": run.spec.statistics_hash,
+        **({"others": others} if others else {}),
     }
 
 # %% ../../nbs/training/25_run.ipynb #run00021
@@ -542,11 +583,14 @@ def make_optimizer(
     return optimizer, warmup_cosine(optimizer, steps, warmup, settings.min_lr_ratio)
 
 # %% ../../nbs/training/25_run.ipynb #9c8cbae3
-def set_up(cfg: Config) -> Run:
+def set_up(
+    cfg: Config,
+    read_others: ReadOthers = robots_alone,  # reads what a strategy learns from besides robots
+) -> Run:
     """A run at its beginning, or at its newest checkpoint. Raises `ConfigError` before anything is written."""
     cfg.require_sections()
     settings = cfg.section("trainer").into(TrainerSettings)
-    cfg.section("datasets").require_names(["vla_data"])
+    open_others = read_others(cfg)
     require_whole("framework.action_horizon", cfg["framework"]["action_horizon"], least=1)
     sources = cfg.section("datasets.vla_data").into(DataSettings)
     model = cfg.section("framework").to_dict(added=False)
@@ -565,13 +609,18 @@ def set_up(cfg: Config) -> Run:
     if settings.pretrained_checkpoint and not checkpoint:
         report = load_pretrained(framework, settings.pretrained_checkpoint, settings.reload_modules)
         accelerator.print(report, file=sys.stderr)
+    view = AugmentedView(data.train, seed, sources.shift_pixels, sources.state_noise, data.transforms)
+    order, size = data.order(seed), settings.per_device_batch_size
+    robots = robot_source(framework.prepare, view, size, order)
+    learnt = weighted([robots, *open_others(framework)], settings.loss_scale or {})
+    freeze_untaught(framework, learnt)
     optimizer, scheduler = make_optimizer(framework, settings)
+    check_insulation(framework, learnt)
     parts = parts_table(framework, optimizer.param_groups)
     set_seed(seed, device_specific=True)
-    wrapped, stepper = accelerator.prepare(framework, optimizer)
-    view = AugmentedView(data.train, seed, sources.shift_pixels, sources.state_noise, data.transforms)
+    wrapped, stepper = accelerator.prepare(Objective(framework, learnt), optimizer)
     spec = next(iter(policy_specs(data).values()))
-    run = Run(folder, seed, settings, data, spec, accelerator, framework, wrapped, stepper, scheduler, view)
+    run = Run(folder, seed, settings, data, spec, accelerator, framework, wrapped, stepper, scheduler, learnt)
     run.parts = parts
     if checkpoint:
         restore(run, checkpoint, optimizer)
@@ -589,7 +638,7 @@ def save(run: Run) -> None:
         DistributedType.MULTI_CPU,
         DistributedType.MULTI_GPU,
     )
-    weights = None if plain else accelerator.get_state_dict(run.model)
+    weights = None if plain else framework_weights(accelerator.get_state_dict(run.model))
     rng = gather_object([rng_state()])
     if accelerator.is_main_process:
         save_checkpoint(
@@ -608,6 +657,6 @@ def save(run: Run) -> None:
 # %% ../../nbs/training/25_run.ipynb #8e71d611
 def finish(run: Run) -> None:
     """Releases the model's wrapper, then the process group."""
-    run.model = run.framework
+    run.model = Objective(run.framework, run.sources)
     run.accelerator.free_memory()
     run.accelerator.end_training()

@@ -36,7 +36,7 @@ def _learning(ax: Any, rows: list[dict]) -> None:
 
 
 def _rates(ax: Any, rows: list[dict]) -> None:
-    rates = [key for key in rows[0] if key.startswith("learning_rate/")]
+    rates = dict.fromkeys(key for row in rows for key in row if key.startswith("learning_rate/"))
     for key, style in zip(rates, ("-", "--", ":", "-.") * len(rates)):
         ax.plot(*series(rows, key), style, label=key.removeprefix("learning_rate/"))
     ax.set_title("learning rate", fontsize=10)
@@ -49,28 +49,47 @@ def _gradient(ax: Any, rows: list[dict]) -> None:
 
 
 def _time(ax: Any, rows: list[dict]) -> None:
-    steps, total = series(rows, "step_s")
+    steps, computing = series(rows, "step_s")
     _, data = series(rows, "data_s")
-    parts, colors = [1000 * data, 1000 * (total - data)], ["tab:red", "0.75"]
+    parts, colors = [1000 * data, 1000 * computing], ["tab:red", "0.75"]
     ax.stackplot(steps, *parts, labels=["waiting for data", "computing"], colors=colors)
     _, rate = series(rows, "samples_per_s")
     ax.set_title(f"ms per step (median {np.median(rate):.0f} samples/s)", fontsize=10)
-    ax.set_ylim(0, 1600 * np.quantile(total, 0.95))  # one hiccup of the machine should not flatten the rest
+    # one hiccup of the machine should not flatten the rest
+    ax.set_ylim(0, 1600 * np.quantile(data + computing, 0.95))
     ax.legend(frameon=False, fontsize=8, loc="upper right")
+
+# %% ../../nbs/viz/20_curves.ipynb #3438eb66
+def _language(ax: Any, rows: list[dict]) -> None:
+    ax.plot(*series(rows, "eval/language_loss"), "o-", color="tab:purple", label="loss per token")
+    steps, accuracy = series(rows, "eval/answer_accuracy")
+    right = ax.twinx()
+    right.plot(steps, 100 * accuracy, "s--", color="tab:green", label="right answers, %")
+    right.set_ylim(-5, 105)
+    right.spines[["top"]].set_visible(False)
+    ax.set_ylim(bottom=0)
+    ax.set_title("held-out conversations", fontsize=10)
+    lines = [*ax.lines, *right.lines]
+    ax.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=8)
 
 # %% ../../nbs/viz/20_curves.ipynb #71a1d44b
 def plot_curves(
     run: str | Path,  # run folder, or a metrics.jsonl
 ) -> Any:  # matplotlib figure
-    """Loss and held-out error, learning rates, gradient norm, time per step. Raises `FileNotFoundError`."""
+    """Loss and held-out error, learning rates, gradient norm, time per step, and language where it was measured.
+
+    Raises `FileNotFoundError`.
+    """
     import matplotlib.pyplot as plt
 
     path = Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run)
     rows = read_metrics(path)
     if not rows:
         raise FileNotFoundError(f"no metrics at {path}; a run writes them from its first logged step")
-    figure, axes = plt.subplots(1, 4, figsize=(13, 2.8), layout="constrained")
-    for ax, draw in zip(axes, (_learning, _rates, _gradient, _time)):
+    panels = [_learning, _rates, _gradient, _time]
+    panels += [_language] if any("eval/language_loss" in row for row in rows) else []
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.25 * len(panels), 2.8), layout="constrained")
+    for ax, draw in zip(axes, panels):
         draw(ax, rows)
         ax.set_xlabel("step")
         ax.spines[["top", "right"]].set_visible(False)

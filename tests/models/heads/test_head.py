@@ -62,6 +62,12 @@ def test_no_state_is_a_size_and_a_negative_one_is_not():
         HeadSizes(8, 2, 3, state_dim=-1)
 
 
+def test_a_head_has_no_state_one_robot_and_any_backbone_unless_it_is_told():
+    sizes = HeadSizes(hidden_size=8, action_dim=2, horizon=3)
+    assert (sizes.state_dim, sizes.num_embodiments, sizes.backbone) == (0, 1, None)
+    assert (sizes.hidden_size, sizes.action_dim, sizes.horizon) == (8, 2, 3)
+
+
 def test_sizes_stay_as_they_were_given(head):
     with pytest.raises(AttributeError):
         head.sizes.horizon = 7

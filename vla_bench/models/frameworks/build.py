@@ -6,9 +6,9 @@ Docs: https://vla-bench.github.io/vla_bench/models/frameworks/build.html.md"""
 
 # %% auto #0
 __all__ = ['TRUE_OR_FALSE', 'TEXT', 'LIST', 'SECTION', 'WHOLE_NUMBER', 'SHARED', 'DEFAULTS', 'NEEDED', 'EXAMPLE_SECTIONS',
-           'SET_ELSEWHERE', 'COMPONENTS', 'VLM_KEYS', 'FrameworkConfig', 'check_shared', 'check_needed', 'head_section',
-           'parse_framework', 'check_own_arguments', 'check_head', 'check_backbone', 'check_inference', 'check_fit',
-           'head_sizes', 'build_head', 'shapes', 'check_same_weights', 'make_prepare', 'load_others',
+           'SET_ELSEWHERE', 'COMPONENTS', 'VLM_KEYS', 'UNINSULATED', 'FrameworkConfig', 'check_shared', 'check_needed',
+           'head_section', 'parse_framework', 'check_own_arguments', 'check_head', 'check_backbone', 'check_inference',
+           'check_fit', 'head_sizes', 'build_head', 'shapes', 'check_same_weights', 'make_prepare', 'load_others',
            'freeze_components', 'plain', 'saved_section', 'assemble', 'build_framework', 'read_section', 'from_folder']
 
 # %% ../../../nbs/models/frameworks/01_build.ipynb #uild0002
@@ -56,6 +56,7 @@ class FrameworkConfig:
     freeze_llm_backbone: bool = False
     freeze_projector: bool = False
     freeze_vla_head: bool = False
+    knowledge_insulation: bool = False
     pretrained_name_or_path: str | None = None
     name_mapping: Mapping[str, str] | None = None
     strict_mapping: bool = True
@@ -75,6 +76,7 @@ SHARED = {  # keys of every framework: what their value is called, and its types
     "freeze_llm_backbone": TRUE_OR_FALSE,
     "freeze_projector": TRUE_OR_FALSE,
     "freeze_vla_head": TRUE_OR_FALSE,
+    "knowledge_insulation": TRUE_OR_FALSE,
     "pretrained_name_or_path": TEXT,
     "name_mapping": SECTION,
     "strict_mapping": TRUE_OR_FALSE,
@@ -200,6 +202,12 @@ COMPONENTS = ("vision_backbone", "projector", "llm_backbone")
 VLM_KEYS = ("base_vlm", *COMPONENTS, *LOADING_KEYS)
 
 
+UNINSULATED = {  # what cannot be cut off from the backbone, and why
+    "queries": "the queries learn through the backbone",
+    "tokens": "the backbone itself makes the actions",
+}
+
+
 def check_backbone(config: FrameworkConfig) -> None:
     """Raises `RegistryError` or `ValueError` for a backbone that cannot be loaded so, or that the head cannot read."""
     vlm = config.vlm
@@ -212,6 +220,11 @@ def check_backbone(config: FrameworkConfig) -> None:
     if reason := backbone.unsupported_reads.get(head.reads):
         raise ValueError(
             f"{head.__name__} reads {head.reads!r}, which {backbone.__name__} cannot give: {reason}"
+        )
+    if config.knowledge_insulation and head.reads in UNINSULATED:
+        raise ValueError(
+            f"framework.knowledge_insulation: {head.__name__} reads {head.reads!r}, and {UNINSULATED[head.reads]}; take "
+            f"the key out, or a head that reads the backbone's last layer, every layer or its cache"
         )
 
 # %% ../../../nbs/models/frameworks/01_build.ipynb #99acc59b
@@ -376,6 +389,7 @@ def assemble(
         check_same_weights(head, {**config.action_model, **config.inference_model["action_model"]})
     prepare = make_prepare(config, vlm, head, action_dim, state_dim)
     framework = FRAMEWORKS.get(config.name)(vlm, head, prepare, **config.own)
+    framework.knowledge_insulation = config.knowledge_insulation
     if load_weights:
         load_others(framework, config)
     freeze_components(framework, config)

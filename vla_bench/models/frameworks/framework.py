@@ -56,6 +56,8 @@ class Framework(nn.Module):
     prompt = "{lang}"  # template of the prompt; may hold {state}, as numbers -1 … 255
     preprocess_instruction: Callable[[str], str] = staticmethod(str)  # done to every instruction first
     renamed_parameters: Mapping[str, str] = {}  # old names in saved weights, and what they are called now
+    knowledge_insulation = False  # whether the actions do not train the backbone
+    unused: Sequence[str] = ()  # frozen weights of the backbone on which no action depends
 
     def __init__(self, vlm: VLM, head: ActionHead, prepare: Prepare):
         super().__init__()
@@ -145,7 +147,8 @@ def get_fsdp_wrapping_policy(self: Framework) -> None:
 def read(self: Framework, batch: dict[str, Any]) -> Features:
     """The features of a batch, with state, embodiment and the mask of its robots' actions."""
     named = {name: batch.get(name) for name in ("state", "embodiment", "action_mask")}
-    return replace(self.features(batch), **named)
+    features = self.features(batch)
+    return replace(features.detached() if self.knowledge_insulation else features, **named)
 
 
 @patch

@@ -1,0 +1,104 @@
+"""What a source is: its numbers are counted, its weight is given, and a run without one is refused."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vla_bench.config import ConfigError, load_config
+from vla_bench.training.sources import (
+    Objective,
+    Source,
+    action_losses,
+    check_insulation,
+    count_actions,
+    framework_weights,
+    robot_source,
+    robots_alone,
+    weighted,
+)
+
+
+def source(name: str, weight: float = 1.0) -> Source:
+    return Source(
+        name, [], list, lambda framework, batch: {name: framework(batch)}, f"{name}_loss", len, 2, weight
+    )
+
+
+def test_actions_that_are_there_are_counted():
+    is_pad = torch.tensor([[False, False, True], [True, True, True], [False, True, True]])
+    assert count_actions({"action_is_pad": is_pad}) == 3
+    mask = torch.tensor([[True, True, False, False], [True] * 4, [True, False, False, False]])
+    assert count_actions({"action_is_pad": is_pad, "action_mask": mask}) == 2 * 2 + 1
+    assert type(count_actions({"action_is_pad": is_pad})) is int
+
+
+def test_robots_are_this_source():
+    found = robot_source("prepare", "view", 3, "order")
+    assert (found.name, found.loss, found.batch_size, found.weight) == ("vla", "action_loss", 3, 1.0)
+    assert (found.prepare, found.view, found.order, found.files) == ("prepare", "view", "order", {})
+    assert found.losses is action_losses and found.count is count_actions
+    assert robot_source("prepare", "view", 3).order is None
+    assert action_losses(lambda batch: {"action_loss": batch + 1}, 4) == {"action_loss": 5}
+
+
+@pytest.mark.parametrize(
+    "scale, expected",
+    [
+        ({}, {"vla": 1.0, "vlm": 0.1}),
+        ({"vlm": 2}, {"vla": 1.0, "vlm": 2.0}),
+        ({"vla": 0.5, "vlm": 0.25}, {"vla": 0.5, "vlm": 0.25}),
+        ({"vlm": 0}, {"vla": 1.0}),
+        ({"vla": 0}, {"vlm": 0.1}),
+    ],
+)
+def test_a_weight_of_zero_leaves_a_source_out(scale, expected):
+    found = weighted([source("vla"), source("vlm", 0.1)], scale)
+    assert {name: each.weight for name, each in found.items()} == expected
+    assert all(each.name == name and each.loss == f"{name}_loss" for name, each in found.items())
+
+
+def test_weights_that_cannot_be_are_refused():
+    both = [source("vla"), source("vlm", 0.1)]
+    with pytest.raises(
+        ConfigError, match="trainer.loss_scale.vml is the weight of no source.*did you mean 'vlm'"
+    ):
+        weighted(both, {"vml": 1})
+    with pytest.raises(ConfigError, match="0 for every source, so there is nothing to learn"):
+        weighted(both, {"vla": 0, "vlm": 0})
+
+
+def test_every_source_gives_the_losses_of_its_own_batch():
+    framework = torch.nn.Linear(1, 1)
+    objective = Objective(framework, {"vla": source("vla"), "vlm": source("vlm")})
+    batches = {"vla": torch.ones(1, 1), "vlm": torch.zeros(1, 1)}
+    found = objective(batches)
+    assert {name: list(losses) for name, losses in found.items()} == {"vla": ["vla"], "vlm": ["vlm"]}
+    for name, batch in batches.items():
+        assert torch.equal(found[name][name], framework(batch))
+    assert list(objective({"vlm": batches["vlm"]})) == ["vlm"]
+    weights = framework_weights(objective.state_dict())
+    assert list(weights) == ["weight", "bias"] and torch.equal(weights["bias"], framework.bias)
+
+
+def test_robots_alone_read_no_conversations():
+    plain = load_config({"datasets": {"vla_data": {"root": "a"}}})
+    assert robots_alone(plain)(None) == ()
+    with pytest.raises(ConfigError, match="datasets.vlm_data: imitation learns from robots alone"):
+        robots_alone(load_config({"datasets": {"vla_data": {"root": "a"}, "vlm_data": {"dataset_use": "a"}}}))
+    with pytest.raises(ConfigError, match="vla_dta"):
+        robots_alone(load_config({"datasets": {"vla_dta": {"root": "a"}}}))
+
+
+@pytest.mark.parametrize("insulated", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("names", [["vla"], ["vla", "vlm"], ["vlm"]])
+def test_a_backbone_that_nothing_trains_is_refused(insulated, frozen, names):
+    vlm = torch.nn.Linear(1, 1).requires_grad_(not frozen)
+    framework = SimpleNamespace(vlm=vlm, knowledge_insulation=insulated)
+    sources = dict.fromkeys(names)
+    if insulated and not frozen and names == ["vla"]:
+        with pytest.raises(ConfigError, match="knowledge_insulation keeps the gradient of the actions out"):
+            check_insulation(framework, sources)
+        return
+    check_insulation(framework, sources)
