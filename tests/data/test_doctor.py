@@ -622,12 +622,19 @@ def test_the_program_gives_its_words_to_the_examination(short, capsys, monkeypat
         "b",
         "--state_key",
         "c",
+        "--follow_links",
     ]
     status, lines = run(capsys, *words)
     assert asked == [
         (
             str(short.dataset.root),
-            {"action_mode": "delta", "videos": True, "action_key": "b", "state_key": "c"},
+            {
+                "action_mode": "delta",
+                "videos": True,
+                "action_key": "b",
+                "state_key": "c",
+                "follow_links": True,
+            },
         )
     ]
     assert status == 1 and lines == [
@@ -638,6 +645,7 @@ def test_the_program_gives_its_words_to_the_examination(short, capsys, monkeypat
     plain = {
         "action_mode": "absolute",
         "videos": False,
+        "follow_links": False,
         "action_key": "action",
         "state_key": "observation.state",
     }
@@ -714,3 +722,16 @@ def test_a_state_that_modality_json_puts_together_is_examined(make, tmp_path):
     spans = {"state": {"arm": {"start": 0, "end": 2, "original_key": "joints"}}}
     root = make.v21(tmp_path / "arm", features=features, extra=extra, modality=spans)
     assert open_recording(root).columns["state"].shape == (11, 2)
+
+
+def test_links_are_followed_only_when_told(make, tmp_path, capsys):
+    root = make.v21(tmp_path / "arm", lengths=(20, 30))
+    path = next(root.glob("data/*/*.parquet"))
+    path.rename(tmp_path / "elsewhere.parquet")
+    path.symlink_to(tmp_path / "elsewhere.parquet")
+    assert examine(root)[0].name == "unreadable"
+    assert "unreadable" not in {finding.name for finding in examine(root, follow_links=True)}
+    with pytest.raises(SystemExit):
+        main([str(root)])
+    main([str(root), "--follow_links", "--card", str(tmp_path / "card")])
+    assert (tmp_path / "card/card.md").is_file()

@@ -105,15 +105,15 @@ def open_recording(
     root: str | Path,
     action_key: str = "action",
     state_key: str | None = "observation.state",  # read where the dataset has it
+    follow_links: bool = False,
 ) -> Recording:
     """Opens a dataset, with its RGB images if it has some. Raises what `LeRobotDataset` raises."""
     file = Path(root) / "meta/info.json"
-    info, files = read_json(file) if file.is_file() else {}, read_files(root)
+    info, files = read_json(file) if file.is_file() else {}, read_files(root, follow_links=follow_links)
     has_state = state_key in files.features or files.modality.state
-    keys = {"action_key": action_key, "state_key": state_key if has_state else None}
-    dataset = LeRobotDataset(
-        root, cameras=[key for key in files.cameras() if not _no_rgb(files, key)], **keys
-    )
+    settings = {"action_key": action_key, "state_key": state_key if has_state else None}
+    cameras = [key for key in files.cameras() if not _no_rgb(files, key)]
+    dataset = LeRobotDataset(root, cameras=cameras, follow_links=follow_links, **settings)
     return Recording(dataset, info, {"action": action_key, "state": state_key})
 
 
@@ -253,10 +253,11 @@ def examine(
     videos: bool = False,  # whether to look at some images, too
     action_key: str = "action",
     state_key: str | None = "observation.state",
+    follow_links: bool = False,
 ) -> list[Finding]:  # worst first; empty for a dataset without a fault
     """Asks every detector about a dataset. One that cannot be opened is a finding, too."""
     try:
-        recording = open_recording(root, action_key, state_key)
+        recording = open_recording(root, action_key, state_key, follow_links)
     except (ValueError, OSError) as error:
         return [_unreadable(error)]
     parts: list[Callable[[], Iterable[Finding]]] = [
@@ -467,9 +468,10 @@ def write_card(
     videos: bool = False,  # whether to show images
     action_key: str = "action",
     state_key: str | None = "observation.state",
+    follow_links: bool = False,
 ) -> Path:  # card.md
     """Writes the card and its pictures. Raises what opening the dataset raises."""
-    recording, folder = open_recording(root, action_key, state_key), Path(folder)
+    recording, folder = open_recording(root, action_key, state_key, follow_links), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shown = [episode for finding in findings for episode in finding.episodes[:2]]
     draw: dict[str, tuple[str, Callable[[], Any]]] = {
@@ -501,8 +503,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--strict", action="store_true", help="exit with 1 for a warning, too")
     parser.add_argument("--action_key", default="action")
     parser.add_argument("--state_key", default="observation.state")
+    parser.add_argument("--follow_links", action="store_true", help="read links out of the dataset's folder")
     options = parser.parse_args(argv)
     keys = {"action_key": options.action_key, "state_key": options.state_key, "videos": options.videos}
+    keys["follow_links"] = options.follow_links
     with cli_errors():
         if not Path(options.path).is_dir():
             raise FileNotFoundError(f"{options.path}: no such folder")
