@@ -518,6 +518,7 @@ def kind_of(absolute: int, relative: int, other: int, declared="unknown", mode="
 
 def test_the_kind_of_most_dimensions_is_told():
     assert kind_of(2, 0, 2) == [] == kind_of(1, 1, 0)  # half of them is not most
+    assert kind_of(1, 0, 3) == [] == kind_of(0, 1, 3) == kind_of(0, 0, 3)
     assert kind_of(2, 0, 1) == ["note    kind of action: 2 of 3 dimensions look absolute"]
     assert kind_of(1, 3, 0) == ["note    kind of action: 3 of 4 dimensions look relative"]
 
