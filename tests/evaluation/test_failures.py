@@ -228,3 +228,9 @@ def test_a_smaller_plan_leaves_the_errors_of_others_alone(lost, run, state_polic
     summary = run(lost[0], PointReach(), policy, tasks=["reach-red"])
     assert "errors" not in summary and policy.calls == 0
     assert sum("error" in record for record in read_episodes(lost[0] / "episodes.jsonl")) == 1
+
+
+def test_once_a_scene_was_shown_any_number_of_episodes_may_be_lost(tmp_path, faulty, run):
+    """The simulator works; some of its scenes do not."""
+    summary = run(tmp_path / "out", faulty("raises", "reset", seeds=(902, 903, 904)))
+    assert (summary["errors"], summary["episodes"]) == (3, 9)

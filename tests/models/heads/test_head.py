@@ -127,6 +127,7 @@ def test_a_head_that_declares_nothing_has_defaults(head):
     assert (head.reads, head.num_queries, head.read_layers) == ("last", 0, None)
     assert (head.codec, head.input_range) == (None, None)
     assert not (head.offers_attention or head.embodiment_specific or head.adaptive_norm or head.assets)
+    assert not (head.separates_images or head.masks_actions or head.foreign or head.renamed_parameters)
     assert head.draw_noise(B) is None and head.layer_classes() == set()
 
 
