@@ -447,8 +447,9 @@ def recorder(monkeypatch):
     """`record` with a fake simulator and a fake dataset: what is asked of each."""
     seen = {"writers": [], "successes": []}
 
-    def writer(root, benchmark, version):
-        seen["writers"].append((Writer(root), benchmark, version))
+    def writer(root, spec, *, version, robot_type):
+        assert robot_type == "sawyer"
+        seen["writers"].append((Writer(root), spec, version))
         return seen["writers"][-1][0]
 
     def successes(benchmark, task, episodes, first_seed, noise, failed):
@@ -458,7 +459,7 @@ def recorder(monkeypatch):
             rows = np.full((seed + 1, 4), seed, np.float32)
             yield metaworld_module.Demonstration(task, seed, {"corner": f"images {seed}"}, rows, rows + 0.5)
 
-    monkeypatch.setattr(metaworld_module, "_open_writer", writer)
+    monkeypatch.setattr(metaworld_module, "open_writer", writer)
     monkeypatch.setattr(metaworld_module, "_successes", successes)
     return seen
 
@@ -474,8 +475,10 @@ def test_each_argument_of_the_recorder_reaches_what_it_controls(recorder, tmp_pa
         "version": "v2.1",
     }
     report = record(out, tasks, **more, show_progress=False)
-    ((writer, benchmark, version),) = recorder["writers"]
-    assert (version, benchmark.cameras, benchmark.image_size) == ("v2.1", ("corner", "topview"), (40, 40))
+    ((writer, spec, version),) = recorder["writers"]
+    assert (version, spec.cameras, spec.image_size) == ("v2.1", ("corner", "topview"), (40, 40))
+    benchmark = recorder["successes"][0][0]
+    assert benchmark.spec == spec
     assert recorder["successes"] == [(benchmark, task, 2, 4, 0.3) for task in tasks]
     told = [
         (e["task"], e["images"], len(e["action"]), e["action"][0, 0] - e["state"][0, 0])
@@ -493,9 +496,10 @@ def test_each_argument_of_the_recorder_reaches_what_it_controls(recorder, tmp_pa
 
 def test_what_the_recorder_is_not_told_has_these_values(recorder, tmp_path, capsys):
     record(tmp_path / "data", [TASK])
-    ((_, benchmark, version),) = recorder["writers"]
-    assert (version, benchmark.cameras, benchmark.image_size) == ("v3.0", ("corner2",), (96, 96))
-    assert recorder["successes"] == [(benchmark, TASK, 25, 0, 0.1)]
+    ((_, spec, version),) = recorder["writers"]
+    assert (version, spec.cameras, spec.image_size) == ("v3.0", ("corner2",), (96, 96))
+    ((benchmark, *asked),) = recorder["successes"]
+    assert asked == [TASK, 25, 0, 0.1] and benchmark.spec == spec
     assert "25/25" in capsys.readouterr().err
     record(tmp_path / "quiet", [TASK], episodes=1, show_progress=False)
     assert capsys.readouterr().err == ""
@@ -523,7 +527,8 @@ def test_an_interrupted_recording_is_begun_again(recorder, tmp_path, left, capsy
 def test_a_dataset_says_how_it_was_recorded(tmp_path):
     for version in ("v3.0", "v2.1"):
         benchmark = MetaWorld(tasks=[TASK], cameras=("corner", "topview"), image_size=(16, 24))
-        with metaworld_module._open_writer(tmp_path / version, benchmark, version) as writer:
+        writing = {"version": version, "robot_type": "sawyer"}
+        with metaworld_module.open_writer(tmp_path / version, benchmark.spec, **writing) as writer:
             pixels = np.zeros((2, 16, 24, 3), np.uint8)
             rows = np.zeros((2, 4), np.float32)
             writer.add_episode(
