@@ -505,3 +505,19 @@ def test_optimizer_and_schedule_come_back(saved, tmp_path):
     for key, state in ours["state"].items():
         assert all(torch.equal(value, theirs["state"][key][name]) for name, value in state.items())
     assert load_progress(tmp_path) == {"step": 3}
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_texts_are_hashed_by_what_they_say(tmp_path, kind):
+    """Whatever objects hold them, and whether one of them is missing."""
+
+    def hashed(*texts):
+        pq.write_table(
+            pa.table({"text": pa.array(["".join(list(t)) if t else t for t in texts], kind)}), path
+        )
+        return columns_hash(path)
+
+    path = tmp_path / "file.parquet"
+    assert hashed("open the drawer", "close it") == hashed("open the drawer", "close it")
+    assert hashed("open the drawer", "close it") != hashed("open the drawer", "shut it")
+    assert hashed("open the drawer", None) == hashed("open the drawer", None) != hashed("open the drawer", "")

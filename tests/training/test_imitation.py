@@ -547,3 +547,18 @@ def test_a_run_that_leaves_says_so_lets_go_of_the_model_and_ends_with_143(monkey
         imitation.leave(run)
     text = "SIGTERM: stopped after step 3 of 8, which is saved; continue with --trainer.resume true"
     assert done == [(text, sys.stderr), ("finish", 3)] and end.value.code == 143
+
+
+def test_no_graph_is_built_to_find_the_offending_samples(config):
+    """One sample after the other would otherwise keep what its gradient needs."""
+    run = set_up(config())
+    asked, clean = [], run.sources["vla"].losses
+
+    def watching(framework, batch):
+        found = clean(framework, batch)
+        asked.append(found["action_loss"].requires_grad)
+        return found
+
+    run.sources["vla"].losses = watching
+    assert "Each sample alone gives a finite loss" in imitation.not_finite(run, "loss is nan", 0)
+    assert asked == [False] * 4
