@@ -352,3 +352,17 @@ def test_every_registered_component_is_where_the_registry_says():
             )
             assert declared, f"{known.module} does not register {name!r}"
             assert tuple(re.findall(r'"([^"]+)"', declared[1] or "")) == known.aliases
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_texts_are_read_and_written_as_utf_8_on_every_machine(path):
+    """A call that leaves it out follows the machine's settings: on some, an umlaut in an instruction is an error."""
+    calls = [
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+    ]
+    for call in (call for call in calls if isinstance(call.func, ast.Attribute)):
+        if call.func.attr in ("read_text", "write_text"):
+            assert {k.arg: ast.unparse(k.value) for k in call.keywords}.get("encoding") in (
+                "'utf-8'",
+                '"utf-8"',
+            ), f"{path.name}:{call.lineno}"

@@ -1,10 +1,8 @@
 """What every function and setting of the data takes where nothing is given, and which values stay as they were made."""
 
-import ast
 import inspect
 from dataclasses import FrozenInstanceError, fields
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
@@ -190,20 +188,3 @@ def test_a_value_is_not_changed_after_it_was_made(name):
     for field in fields(cls):
         with pytest.raises(FrozenInstanceError):
             setattr(one, field.name, None)
-
-
-MODULES = sorted((Path(__file__).parents[2] / "vla_bench/data").glob("[a-z]*.py"))
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_texts_are_read_and_written_as_utf_8_on_every_machine(path):
-    """A call that leaves it out follows the machine's settings: on some, an umlaut in an instruction is an error."""
-    calls = [
-        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
-    ]
-    for call in (call for call in calls if isinstance(call.func, ast.Attribute)):
-        if call.func.attr in ("read_text", "write_text"):
-            assert {k.arg: ast.unparse(k.value) for k in call.keywords}.get("encoding") in (
-                "'utf-8'",
-                '"utf-8"',
-            ), f"{path.name}:{call.lineno}"
