@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..benchmarks.record import recording
-from ..config import cli_errors, load_config
-from .program import run_folder
+from ..config import cli_errors
+from .program import read_run
 from vla_bench.evaluation.rollout import (
     EvaluatedPolicy,
     EvaluationSettings,
@@ -63,10 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--robot_type", default="unknown", help="what info.json calls the robot")
     options, overrides = parser.parse_known_args(argv)
     with cli_errors():
-        cfg = load_config(options.config_yaml, overrides)
-        settings = cfg.section("evaluation").into(EvaluationSettings)
-        run = run_folder(Path(options.config_yaml), cfg)
-        cfg.require_read()
+        run, settings = read_run(options.config_yaml, overrides)
         from vla_bench.serving.policy import Policy  # here: help and refusals need no torch
 
         how = {
