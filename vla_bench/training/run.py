@@ -6,9 +6,9 @@ Docs: https://vla-bench.github.io/vla_bench/training/run.html.md"""
 
 # %% auto #0
 __all__ = ['COUNTS', 'FREE_KEYS', 'PLACES', 'TrainerSettings', 'RunSettings', 'check_processes', 'make_accelerator',
-           'differences', 'find_resume', 'check_dtype', 'inside', 'check_ranges', 'in_own_memory', 'load_framework',
-           'identity', 'Run', 'progress', 'check_data', 'restore', 'save_policies', 'start_folder', 'make_optimizer',
-           'set_up', 'save', 'finish']
+           'differences', 'check_split', 'find_resume', 'check_dtype', 'inside', 'check_ranges', 'in_own_memory',
+           'load_framework', 'identity', 'Run', 'progress', 'compare_progress', 'check_data', 'restore',
+           'save_policies', 'start_folder', 'make_optimizer', 'set_up', 'save', 'finish']
 
 # %% ../../nbs/training/25_run.ipynb #grun0002
 import os
@@ -71,6 +71,13 @@ from vla_bench.training.optim import (
     warmup_cosine,
 )
 from .pretrained import load_pretrained, module_paths
+from vla_bench.training.resume import (
+    Split,
+    check_samples,
+    elsewhere_text,
+    fresh_generators,
+    samples_per_step,
+)
 from vla_bench.training.sources import (
     Objective,
     ReadOthers,
@@ -258,6 +265,16 @@ def _named(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     named = [{**entry, "name": entry.get("name") or Path(entry["dataset"]).name} for entry in entries]
     return {**tree, "datasets": {**tree["datasets"], "vla_data": {**section, "mixture": named}}}
 
+# %% ../../nbs/training/25_run.ipynb #resume03
+def check_split(cfg: Config, checkpoint: Path, saved: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` when a step of this run has another number of robots' samples than the checkpoint's."""
+    settings = cfg.section("trainer").into(TrainerSettings)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    here = Split(world, settings.per_device_batch_size, settings.gradient_accumulation_steps)
+    there = samples_per_step(saved, checkpoint / "trainer/progress.json")
+    if "vla" in there:
+        check_samples(checkpoint, there, {"vla": here.samples}, here)
+
 # %% ../../nbs/training/25_run.ipynb #2fa619e6
 PLACES = (
     "run_root_dir",
@@ -269,6 +286,9 @@ PLACES = (
 _FOLDERS = re.compile(
     r"datasets\.vla_data\.(root|mixture\[\d+\]\.dataset) is "
 )  # of data; what they hold is compared
+_SPLIT = re.compile(
+    r"(trainer|datasets\..*)\.(per_device_batch_size|gradient_accumulation_steps) is "
+)  # of a step; its samples are compared
 
 
 def find_resume(
@@ -298,7 +318,8 @@ def find_resume(
         f"{run} was trained with another configuration: {'; '.join(differing)}. "
         "Use the same values, or write elsewhere with --run_id NAME"
     )
-    if not all(_FOLDERS.match(line) for line in differing):
+    moved = [line for line in differing if _FOLDERS.match(line)]
+    if not all(_FOLDERS.match(line) or _SPLIT.match(line) for line in differing):
         raise ConfigError(other)
     newest = last_good_checkpoint(run) if mode == "last_good" else latest_checkpoint(run)
     if newest and mode != "last_good":
@@ -309,15 +330,18 @@ def find_resume(
                 f"{error}; --trainer.resume last_good goes on from the newest whole one"
             ) from error
     saved = load_progress(newest) if newest else {}
-    if differing and not isinstance(saved.get("data"), dict):
+    if moved and not isinstance(saved.get("data"), dict):
         raise ConfigError(other)  # nothing says whether the data in the other folder are the same
     trained_with = saved.get("config")
     # the places may be others: a run and its data may be moved, and the data themselves are compared
     lines = differences(trained_with, cfg.to_dict()) if isinstance(trained_with, dict) else []
-    if lines := [line for line in lines if not (line.startswith(PLACES) or _FOLDERS.match(line))]:
+    free = lambda line: line.startswith(PLACES) or _FOLDERS.match(line) or _SPLIT.match(line)
+    if lines := [line for line in lines if not free(line)]:
         raise ConfigError(
             f"{run / 'config.yaml'} is not what {newest.name} was trained with: {'; '.join(lines)}"
         )
+    if newest:
+        check_split(cfg, newest, saved)
     return newest
 
 # %% ../../nbs/training/25_run.ipynb #112dbf70
@@ -438,6 +462,13 @@ class Run:
 
 # %% ../../nbs/training/25_run.ipynb #774d4c83
 @patch
+def split(self: Run) -> Split:
+    """How the robots' samples of a step are shared out."""
+    settings, processes = self.settings, self.accelerator.num_processes
+    return Split(processes, settings.per_device_batch_size, settings.gradient_accumulation_steps)
+
+
+@patch
 def sampler(self: Run, name: str = "vla") -> BatchSampler:
     """This process's batches of a source, from the present step to the end of the run."""
     each, source = self.settings.gradient_accumulation_steps, self.sources[name]
@@ -455,20 +486,35 @@ def sampler(self: Run, name: str = "vla") -> BatchSampler:
 # %% ../../nbs/training/25_run.ipynb #fca12f1e
 def progress(run: Run) -> dict[str, Any]:
     """Where a run stands: goes into each checkpoint."""
-    settings, processes = run.settings, run.accelerator.num_processes
-    per_step = settings.per_device_batch_size * settings.gradient_accumulation_steps * processes
-    others = {s.name: {"rows": len(s.view), "batch_size": s.batch_size} for s in run.sources.values()}
+    split, sources = run.split(), run.sources.values()
+    others = {s.name: {"rows": len(s.view), "batch_size": s.batch_size} for s in sources}
     others.pop("vla", None)  # which the keys below tell, as they did before there were others
     return {
         "step": run.step,
-        "position": run.step * per_step,
+        "position": run.step * split.samples,
+        "samples_per_step": {s.name: s.batch_size * split.accumulation * split.processes for s in sources},
         "seed": run.seed,
-        "processes": processes,
+        "processes": split.processes,
         "rows": len(run.view),
         "held_out": run.data.held_out_episodes(),
         "statistics_hash": run.spec.statistics_hash,
         **({"others": others} if others else {}),
     }
+
+# %% ../../nbs/training/25_run.ipynb #resume01
+def compare_progress(run: Run, checkpoint: Path, saved: Mapping[str, Any]) -> None:
+    """Raises `ValueError` naming what differs when a checkpoint is that of another run; its processes may be others."""
+    now = progress(run)
+    there = samples_per_step(saved, checkpoint / "trainer/progress.json")
+    check_samples(checkpoint, there, now["samples_per_step"], run.split())
+    rows = lambda told: {name: each.get("rows") for name, each in told.get("others", {}).items()}
+    compared = [key for key in now if key not in ("samples_per_step", "processes", "others")]
+    differing = [f"{k} was {saved.get(k)!r}, is {now[k]!r}" for k in compared if saved.get(k) != now[k]]
+    with naming(checkpoint / "trainer/progress.json"):
+        if rows(saved) != rows(now):
+            differing.append(f"the rows of the sources were {rows(saved)!r}, are {rows(now)!r}")
+    if differing:
+        raise ValueError(f"{checkpoint} cannot be continued: {'; '.join(differing)}")
 
 # %% ../../nbs/training/25_run.ipynb #run00021
 _IDENTITY: dict[str, Kind] = {"metadata": dict, "columns": dict, "videos": dict}
@@ -509,13 +555,15 @@ def restore(run: Run, checkpoint: Path, optimizer: torch.optim.Optimizer) -> Non
         )
     saved = load_progress(checkpoint)
     run.step = saved["step"]
-    differing = [f"{k} was {saved.get(k)!r}, is {v!r}" for k, v in progress(run).items() if saved.get(k) != v]
-    if differing:
-        raise ValueError(f"{checkpoint} cannot be continued: {'; '.join(differing)}")
-    rank = run.accelerator.process_index
+    compare_progress(run, checkpoint, saved)
+    rank, processes = run.accelerator.process_index, run.accelerator.num_processes
     if rank == 0:
         check_data(run, checkpoint, saved.get("data"))
-    load_trainer(checkpoint, optimizer=optimizer, scheduler=run.scheduler, rank=rank)
+    same = saved["processes"] == processes
+    load_trainer(checkpoint, optimizer=optimizer, scheduler=run.scheduler, rank=rank if same else None)
+    if not same:
+        fresh_generators(run.seed, run.step, rank)
+        run.accelerator.print(elsewhere_text(checkpoint, saved["processes"], processes), file=sys.stderr)
 
 # %% ../../nbs/training/25_run.ipynb #full0003
 @contextmanager
