@@ -399,7 +399,7 @@ def test_a_video_that_is_remembered_by_half_is_named(config, tmp_path, field):
 
 @pytest.mark.parametrize("resume", ["maybe", "1", "last", "None"])
 def test_a_resume_that_cannot_be_meant_is_refused(config, resume):
-    with pytest.raises(ConfigError, match="expected true, false or last_good"):
+    with pytest.raises(ConfigError, match="expected true, false, auto or last_good"):
         set_up(config([f"trainer.resume={resume}"]))
 
 
