@@ -9,7 +9,7 @@ from vla_bench.config import ConfigError, load_config
 from vla_bench.training.checkpoint import latest_checkpoint, load_progress
 from vla_bench.training.imitation import train
 from vla_bench.training.resume import Split, check_samples, fresh_generators, samples_per_step, splits
-from vla_bench.training.run import check_split, progress, save, set_up
+from vla_bench.training.run import check_continuation, progress, save, set_up
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 5, 7, 12, 13])
@@ -108,9 +108,9 @@ def test_the_number_of_processes_is_the_launchers(begun, monkeypatch, world):
     saved = load_progress(checkpoint)
     fits = load_config(begun, "--trainer.per_device_batch_size 2")
     if world == 2:
-        assert check_split(fits, checkpoint, saved) is None
+        assert check_continuation(fits, checkpoint, saved) is None
     with pytest.raises(ConfigError, match="share 4" if world == 3 else "batch_size to 2 and .* to 1"):
-        check_split(load_config(begun), checkpoint, saved)
+        check_continuation(load_config(begun), checkpoint, saved)
 
 
 OLD = {"step": 3, "position": 24, "processes": 1, "config": {"trainer": {"per_device_batch_size": 2}}}

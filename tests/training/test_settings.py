@@ -48,7 +48,7 @@ def numbers(run) -> dict:
         "rates": {name[id(p)]: group["initial_lr"] for group in groups for p in group["params"]},
         "decay": {name[id(p)]: group["weight_decay"] for group in groups for p in group["params"]},
         "betas": {group["betas"] for group in groups},
-        "schedule": [[f(step) for f in run.scheduler.lr_lambdas[:1]] for step in range(4)],
+        "schedule": [[f(step) for f in run.scheduler.lr_lambdas[:1]] for step in range(6)],
         "specification": (run.spec.cameras, run.spec.horizon, run.spec.normalization, run.spec.state is None),
         "clipping": settings.gradient_clipping,
         "weight of the loss": {name: source.weight for name, source in run.sources.items()},
@@ -80,6 +80,8 @@ CHANGES = [
     ("trainer.weight_decay=0.02", {"decay"}),
     ("trainer.warmup_steps=3", {"schedule"}),
     ("trainer.min_lr_ratio=0.5", {"schedule"}),
+    ("trainer.schedule=wsd", {"schedule"}),
+    (["trainer.schedule=wsd", "trainer.decay_steps=4"], {"schedule"}),
     ("trainer.gradient_clipping=0.5", {"clipping"}),
     ("trainer.loss_scale={vla: 0.5}", {"weight of the loss"}),
     ("trainer.mixed_precision=bf16", {"precision"}),
@@ -122,7 +124,7 @@ def unchanged():
 def test_a_setting_changes_what_it_names_and_nothing_else(config, unchanged, change, names):
     if not unchanged:
         unchanged.update(numbers(set_up(config("run_id=unchanged"))))
-    found = numbers(set_up(config([change])))
+    found = numbers(set_up(config([change] if isinstance(change, str) else change)))
     assert {name for name in found if found[name] != unchanged[name]} == names
 
 
@@ -248,7 +250,8 @@ def test_shared_statistics_change_the_numbers_and_nothing_else(config, arm, unch
 
 
 def test_every_key_is_changed_alone_by_one_of_these():
-    changed = {key.partition("=")[0] for key, _ in CHANGES}
+    words = [word for change, _ in CHANGES for word in ([change] if isinstance(change, str) else change)]
+    changed = {word.partition("=")[0] for word in words}
     trainer = {name.split(".")[1] for name in changed if name.startswith("trainer.")}
     elsewhere = {"pretrained_checkpoint", "reload_modules", "resume"}  # test_pretrained, test_imitation
     assert trainer | elsewhere == {f.name for f in fields(TrainerSettings)}
@@ -267,8 +270,10 @@ def test_the_defaults_are_these():
         "freeze_modules": None,
         "betas": (0.9, 0.95),
         "weight_decay": 0.0,
+        "schedule": "cosine",
         "warmup_steps": 0,
         "min_lr_ratio": 0.0,
+        "decay_steps": None,
         "gradient_clipping": 1.0,
         "mixed_precision": "no",
         "num_workers": 1,

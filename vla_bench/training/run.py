@@ -6,8 +6,8 @@ Docs: https://vla-bench.github.io/vla_bench/training/run.html.md"""
 
 # %% auto #0
 __all__ = ['COUNTS', 'FREE_KEYS', 'PLACES', 'FALLS_BACK', 'TrainerSettings', 'RunSettings', 'check_processes', 'make_accelerator',
-           'differences', 'check_split', 'find_resume', 'check_dtype', 'inside', 'check_ranges', 'in_own_memory',
-           'load_framework', 'identity', 'Run', 'progress', 'compare_progress', 'check_data', 'restore',
+           'differences', 'check_continuation', 'find_resume', 'check_dtype', 'inside', 'check_ranges', 'in_own_memory',
+           'load_framework', 'identity', 'Run', 'progress', 'compare_progress', 'check_data', 'follow_end', 'restore',
            'save_policies', 'start_folder', 'make_optimizer', 'set_up', 'save', 'finish']
 
 # %% ../../nbs/training/25_run.ipynb #grun0002
@@ -68,7 +68,6 @@ from vla_bench.training.optim import (
     freeze_modules,
     parameter_groups,
     parts_table,
-    warmup_cosine,
 )
 from .pretrained import load_pretrained, module_paths
 from vla_bench.training.resume import (
@@ -78,6 +77,7 @@ from vla_bench.training.resume import (
     fresh_generators,
     samples_per_step,
 )
+from .schedule import check_end, check_schedule, end_text, follow, make_schedule
 from vla_bench.training.sources import (
     Objective,
     ReadOthers,
@@ -102,8 +102,10 @@ class TrainerSettings:
     freeze_modules: Any = None  # module paths, a list or separated by commas
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     weight_decay: float = 0.0  # of matrices
+    schedule: str = "cosine"  # of the learning rate; or constant_with_warmup, wsd: see `make_schedule`
     warmup_steps: int = 0
     min_lr_ratio: float = 0.0  # last learning rate as a fraction of the peak
+    decay_steps: int | None = None  # of wsd: the last ones, in which the rate falls; a tenth of all without
     gradient_clipping: float = 1.0  # largest norm of the gradient
     mixed_precision: str = "no"  # or "bf16": autocast; weights and moments stay float32
     num_workers: int = 1  # processes that decode and prepare, per training process
@@ -163,6 +165,9 @@ def _check_optimizer(settings: "TrainerSettings") -> None:
     require(is_number(ratio) and 0 <= ratio <= 1, "trainer.min_lr_ratio", "a number in [0, 1]", ratio)
     less = f"less than trainer.max_train_steps, which is {steps}"
     require(warmup < steps, "trainer.warmup_steps", less, warmup)
+    if settings.decay_steps is not None:
+        require_whole("trainer.decay_steps", settings.decay_steps, least=1)
+    check_schedule(settings.schedule, steps, warmup, ratio, settings.decay_steps)
 
 # %% ../../nbs/training/25_run.ipynb #2add83d3
 @dataclass
@@ -264,9 +269,10 @@ def _named(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**tree, "datasets": {**tree["datasets"], "vla_data": {**section, "mixture": named}}}
 
 # %% ../../nbs/training/25_run.ipynb #resume03
-def check_split(cfg: Config, checkpoint: Path, saved: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` when a step of this run has another number of robots' samples than the checkpoint's."""
+def check_continuation(cfg: Config, checkpoint: Path, saved: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for a run that would end too early, or take other numbers of robots' samples to a step."""
     settings = cfg.section("trainer").into(TrainerSettings)
+    check_end(checkpoint, saved["step"], settings.max_train_steps)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     here = Split(world, settings.per_device_batch_size, settings.gradient_accumulation_steps)
     there = samples_per_step(saved, checkpoint / "trainer/progress.json")
@@ -287,6 +293,7 @@ _FOLDERS = re.compile(
 _SPLIT = re.compile(
     r"(trainer|datasets\..*)\.(per_device_batch_size|gradient_accumulation_steps) is "
 )  # of a step; its samples are compared
+_END = re.compile(r"trainer\.max_train_steps is ")  # a run may be made longer
 
 FALLS_BACK = ("auto", "last_good")  # to an older checkpoint than the newest, when that one is damaged
 
@@ -319,7 +326,7 @@ def find_resume(
         "Use the same values, or write elsewhere with --run_id NAME"
     )
     moved = [line for line in differing if _FOLDERS.match(line)]
-    if not all(_FOLDERS.match(line) or _SPLIT.match(line) for line in differing):
+    if any(not (_FOLDERS.match(line) or _SPLIT.match(line) or _END.match(line)) for line in differing):
         raise ConfigError(other)
     newest = last_good_checkpoint(run) if mode in FALLS_BACK else latest_checkpoint(run)
     if newest and mode not in FALLS_BACK:
@@ -335,13 +342,14 @@ def find_resume(
     trained_with = saved.get("config")
     # the places may be others: a run and its data may be moved, and the data themselves are compared
     lines = differences(trained_with, cfg.to_dict()) if isinstance(trained_with, dict) else []
-    free = lambda line: line.startswith(PLACES) or _FOLDERS.match(line) or _SPLIT.match(line)
-    if lines := [line for line in lines if not free(line)]:
+    free = (_FOLDERS, _SPLIT, _END)
+    lines = [line for line in lines if not any(kind.match(line) for kind in free)]
+    if lines := [line for line in lines if not line.startswith(PLACES)]:
         raise ConfigError(
             f"{run / 'config.yaml'} is not what {newest.name} was trained with: {'; '.join(lines)}"
         )
     if newest:
-        check_split(cfg, newest, saved)
+        check_continuation(cfg, newest, saved)
     return newest
 
 # %% ../../nbs/training/25_run.ipynb #112dbf70
@@ -546,6 +554,15 @@ def check_data(run: Run, checkpoint: Path, saved: Any) -> None:
             f"{len(touched)} video files have another time of modification and the same content as far as was read"
         )
 
+# %% ../../nbs/training/25_run.ipynb #resume05
+def follow_end(run: Run, checkpoint: Path, saved: Mapping[str, Any]) -> None:
+    """Sets the rates of the next step by this run's schedule; says so when it has another end than the checkpoint's."""
+    now, fractions = run.settings.max_train_steps, follow(run.scheduler)
+    was = ((saved.get("config") or {}).get("trainer") or {}).get("max_train_steps", now)
+    if was != now:
+        text = end_text(checkpoint, (was, now), run.step + 1, fractions)
+        run.accelerator.print(text, file=sys.stderr)
+
 # %% ../../nbs/training/25_run.ipynb #8bb00d58
 def restore(run: Run, checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Optimizer, schedule, generators and place, from a checkpoint. Raises `ValueError` when it is another run's."""
@@ -561,6 +578,7 @@ def restore(run: Run, checkpoint: Path, optimizer: torch.optim.Optimizer) -> Non
         check_data(run, checkpoint, saved.get("data"))
     same = saved["processes"] == processes
     load_trainer(checkpoint, optimizer=optimizer, scheduler=run.scheduler, rank=rank if same else None)
+    follow_end(run, checkpoint, saved)
     if not same:
         fresh_generators(run.seed, run.step, rank)
         run.accelerator.print(elsewhere_text(checkpoint, saved["processes"], processes), file=sys.stderr)
@@ -627,8 +645,8 @@ def make_optimizer(
     freeze_modules(framework, settings.freeze_modules)
     groups = parameter_groups(framework, settings.learning_rate, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=settings.betas, fused=True)
-    steps, warmup = settings.max_train_steps, settings.warmup_steps
-    return optimizer, warmup_cosine(optimizer, steps, warmup, settings.min_lr_ratio)
+    steps, warmup, ratio = settings.max_train_steps, settings.warmup_steps, settings.min_lr_ratio
+    return optimizer, make_schedule(optimizer, settings.schedule, steps, warmup, ratio, settings.decay_steps)
 
 # %% ../../nbs/training/25_run.ipynb #9c8cbae3
 def set_up(
