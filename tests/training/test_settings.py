@@ -54,6 +54,7 @@ def numbers(run) -> dict:
         "weight of the loss": {name: source.weight for name, source in run.sources.items()},
         "workers": settings.num_workers,
         "intervals": (settings.log_interval, settings.eval_interval, settings.save_interval),
+        "kept": (settings.keep_last, settings.keep_every),
         "measured": settings.eval_samples,
     }
 
@@ -89,6 +90,8 @@ CHANGES = [
     ("trainer.log_interval=2", {"intervals"}),
     ("trainer.eval_interval=2", {"intervals"}),
     ("trainer.save_interval=2", {"intervals"}),
+    ("trainer.keep_last=2", {"kept"}),
+    (["trainer.keep_last=2", "trainer.keep_every=3"], {"kept"}),
     ("trainer.eval_samples=2", {"measured"}),
     ("trainer.verify=true", {"compared"}),
     ("seed=1", {"weights", "noise", "augmentation", *SPLIT, *SEEN}),
@@ -280,6 +283,8 @@ def test_the_defaults_are_these():
         "log_interval": 10,
         "eval_interval": 500,
         "save_interval": 1000,
+        "keep_last": None,
+        "keep_every": None,
         "eval_samples": 1024,
         "pretrained_checkpoint": None,
         "reload_modules": None,
