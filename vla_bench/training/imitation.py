@@ -15,6 +15,7 @@ if __name__ == "__main__" and "__file__" in globals() and not __package__:
 
 # %% ../../nbs/training/30_imitation.ipynb #2cb06b5f
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from .data import Member
 from .loop import EvaluationView, MetricsLog, action_error_sums, error_row, make_loader
 from .optim import parts_text
 from .run import Run, finish, save, set_up
-from .stopping import agreed, interruptible, stop_requests
+from .stopping import STATUS, agreed, interruptible, stop_requests
 
 # %% ../../nbs/training/30_imitation.ipynb #1d32dadd
 def step_shares(
@@ -217,12 +218,14 @@ def progress_bar(run: Run) -> tqdm:
     return tqdm(**steps, desc=run.folder.name, mininterval=2.0, disable=not run.accelerator.is_main_process)
 
 # %% ../../nbs/training/30_imitation.ipynb #stop0020
-def leave(run: Run) -> None:
-    """Ends a process that was asked to stop and has saved: one line, and the status of a program that SIGTERM ended."""
-    stopped = f"SIGTERM: stopped after step {run.step} of {run.settings.max_train_steps}, which is saved"
+def leave(run: Run, number: signal.Signals) -> None:
+    """Ends a process that a signal asked to stop and that has saved: one line, and the status that belongs to it."""
+    stopped = (
+        f"{number.name}: stopped after step {run.step} of {run.settings.max_train_steps}, which is saved"
+    )
     run.accelerator.print(f"{stopped}; continue with --trainer.resume true", file=sys.stderr)
     finish(run)
-    raise SystemExit(143)
+    raise SystemExit(STATUS[number])
 
 # %% ../../nbs/training/30_imitation.ipynb #2bb96aee
 def fit(
@@ -234,7 +237,7 @@ def fit(
     """Trains from the present step to the last one.
 
     Raises `FloatingPointError`, with the offending samples named, when the loss is no longer a number. After SIGTERM it
-    saves and exits with status 143.
+    saves and exits with status 143, after SIGUSR1 with 75.
     """
     show(run)
     settings = run.settings
@@ -247,7 +250,7 @@ def fit(
     run.model.train()
     times: list[tuple[float, float]] = []
     left_out: list[list[int]] = []
-    stopping = False
+    stopping = None
     with stop_requests() as request, progress_bar(run) as bar:
         while run.step < settings.max_train_steps and not stopping:
             started = time.perf_counter()
@@ -273,7 +276,7 @@ def fit(
             if due(run, settings.save_interval) or stopping:
                 save(run)
     if stopping and run.step < settings.max_train_steps:
-        leave(run)
+        leave(run, stopping)
     finish(run)
     return run.folder
 
