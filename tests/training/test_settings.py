@@ -47,7 +47,9 @@ def numbers(run) -> dict:
         "tokens": batch["inputs"]["input_ids"].shape[1],
         "rates": {name[id(p)]: group["initial_lr"] for group in groups for p in group["params"]},
         "decay": {name[id(p)]: group["weight_decay"] for group in groups for p in group["params"]},
-        "betas": {group["betas"] for group in groups},
+        "optimizer": (type(run.optimizer.optimizer).__name__, {group.get("eps") for group in groups}),
+        "average": run.ema and (run.ema.decay, run.ema.warmup),
+        "betas": {group.get("betas") for group in groups},
         "schedule": [[f(step) for f in run.scheduler.lr_lambdas[:1]] for step in range(4)],
         "specification": (run.spec.cameras, run.spec.horizon, run.spec.normalization, run.spec.state is None),
         "clipping": settings.gradient_clipping,
@@ -77,10 +79,13 @@ CHANGES = [
     ("trainer.freeze_modules=vlm.model.model.visual", {"rates", "decay"}),
     ("trainer.betas=[0.8,0.95]", {"betas"}),
     ("trainer.betas=[0.9,0.99]", {"betas"}),
+    ("trainer.optimizer=sgd", {"optimizer", "betas"}),
+    ("trainer.optimizer_args={eps: 1.0e-6}", {"optimizer"}),
     ("trainer.weight_decay=0.02", {"decay"}),
     ("trainer.warmup_steps=3", {"schedule"}),
     ("trainer.min_lr_ratio=0.5", {"schedule"}),
     ("trainer.gradient_clipping=0.5", {"clipping"}),
+    ("trainer.ema_decay=0.9", {"average"}),
     ("trainer.loss_scale={vla: 0.5}", {"weight of the loss"}),
     ("trainer.mixed_precision=bf16", {"precision"}),
     ("trainer.num_workers=1", {"workers"}),
@@ -250,7 +255,8 @@ def test_shared_statistics_change_the_numbers_and_nothing_else(config, arm, unch
 def test_every_key_is_changed_alone_by_one_of_these():
     changed = {key.partition("=")[0] for key, _ in CHANGES}
     trainer = {name.split(".")[1] for name in changed if name.startswith("trainer.")}
-    elsewhere = {"pretrained_checkpoint", "reload_modules", "resume"}  # test_pretrained, test_imitation
+    # test_pretrained, test_imitation, test_ema
+    elsewhere = {"pretrained_checkpoint", "reload_modules", "resume", "ema_warmup"}
     assert trainer | elsewhere == {f.name for f in fields(TrainerSettings)}
     data = {name.split(".")[2] for name in changed if name.startswith(f"{VLA}.")}
     data |= {key for change, _ in OF_AN_ARM for key in change}
@@ -265,11 +271,15 @@ def test_the_defaults_are_these():
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-4,
         "freeze_modules": None,
+        "optimizer": "adamw",
+        "optimizer_args": None,
         "betas": (0.9, 0.95),
         "weight_decay": 0.0,
         "warmup_steps": 0,
         "min_lr_ratio": 0.0,
         "gradient_clipping": 1.0,
+        "ema_decay": None,
+        "ema_warmup": False,
         "mixed_precision": "no",
         "num_workers": 1,
         "log_interval": 10,

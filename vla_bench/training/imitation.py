@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ..config import Config, cli_errors, parse_cli
 from .data import Member
+from .ema import on_average
 from .loop import EvaluationView, MetricsLog, action_error_sums, error_row, make_loader
 from .optim import parts_text
 from .run import Run, finish, save, set_up
@@ -78,6 +79,8 @@ def update(
             run.optimizer.zero_grad()
     run.scheduler.step()
     run.step += 1
+    if run.ema:
+        run.ema.update(run.step)
     sums = torch.stack([torch.stack([each[name] for each in losses]).sum() for name in losses[0]])
     run.losses = dict(zip(losses[0], accelerator.reduce(sums, "sum").tolist()))
     return sum(s.weight * run.losses[s.loss] for s in run.sources.values()), norm
@@ -237,7 +240,7 @@ def fit(
     saves and exits with status 143.
     """
     show(run)
-    settings = run.settings
+    settings, measure = run.settings, on_average(measure)
     log = None
     if run.accelerator.is_main_process:  # a row of step 0 is written anew, as no checkpoint holds that step
         log = MetricsLog(run.folder / "metrics.jsonl", run.step or -1)

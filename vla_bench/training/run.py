@@ -8,7 +8,7 @@ Docs: https://vla-bench.github.io/vla_bench/training/run.html.md"""
 __all__ = ['COUNTS', 'FREE_KEYS', 'PLACES', 'TrainerSettings', 'RunSettings', 'check_processes', 'make_accelerator',
            'differences', 'find_resume', 'check_dtype', 'inside', 'check_ranges', 'in_own_memory', 'load_framework',
            'identity', 'Run', 'progress', 'check_data', 'restore', 'save_policies', 'start_folder', 'make_optimizer',
-           'set_up', 'save', 'finish']
+           'average_of', 'set_up', 'save', 'finish']
 
 # %% ../../nbs/training/25_run.ipynb #grun0002
 import os
@@ -62,6 +62,7 @@ from vla_bench.training.checkpoint import (
     what_stands,
 )
 from .data import Data, DataSettings, open_data, policy_specs
+from .ema import EMA, averaged, check_ema, load_raw, make_ema
 from .loop import AugmentedView, BatchSampler
 from vla_bench.training.optim import (
     flat_learning_rates,
@@ -70,6 +71,7 @@ from vla_bench.training.optim import (
     parts_table,
     warmup_cosine,
 )
+from .optimizers import BETAS, build_optimizer, check_optimizer
 from .pretrained import load_pretrained, module_paths
 from vla_bench.training.sources import (
     Objective,
@@ -93,11 +95,15 @@ class TrainerSettings:
     gradient_accumulation_steps: int = 1
     learning_rate: Any = 1e-4  # a number, or rates by module path: see `parameter_groups`
     freeze_modules: Any = None  # module paths, a list or separated by commas
-    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    optimizer: str = "adamw"  # see `OPTIMIZERS`
+    optimizer_args: Any = None  # its own arguments, a section such as {eps: 1.0e-6}
+    betas: tuple[float, float] = BETAS  # of AdamW and Lion
     weight_decay: float = 0.0  # of matrices
     warmup_steps: int = 0
     min_lr_ratio: float = 0.0  # last learning rate as a fraction of the peak
     gradient_clipping: float = 1.0  # largest norm of the gradient
+    ema_decay: float | None = None  # of an average of the weights, which is measured and served: see `EMA`
+    ema_warmup: bool = False  # whether the average forgets the first steps sooner
     mixed_precision: str = "no"  # or "bf16": autocast; weights and moments stay float32
     num_workers: int = 1  # processes that decode and prepare, per training process
     log_interval: int = 10  # steps, as are the next two
@@ -148,7 +154,7 @@ COUNTS = {  # whole numbers of `trainer`, and the least that can be meant
 
 
 def _check_optimizer(settings: "TrainerSettings") -> None:
-    """Raises `ConfigError` for numbers with which AdamW and its schedule cannot work."""
+    """Raises `ConfigError` for an optimizer or numbers with which it and its schedule cannot work."""
     clip, decay, betas = settings.gradient_clipping, settings.weight_decay, settings.betas
     ratio, warmup, steps = settings.min_lr_ratio, settings.warmup_steps, settings.max_train_steps
     require(is_number(clip) and clip > 0, "trainer.gradient_clipping", "a positive, finite number", clip)
@@ -158,6 +164,8 @@ def _check_optimizer(settings: "TrainerSettings") -> None:
     require(is_number(ratio) and 0 <= ratio <= 1, "trainer.min_lr_ratio", "a number in [0, 1]", ratio)
     less = f"less than trainer.max_train_steps, which is {steps}"
     require(warmup < steps, "trainer.warmup_steps", less, warmup)
+    check_optimizer(settings.optimizer, settings.optimizer_args, betas)
+    check_ema(settings.ema_decay, settings.ema_warmup)
 
 # %% ../../nbs/training/25_run.ipynb #2add83d3
 @dataclass
@@ -377,6 +385,7 @@ def load_framework(
         with naming(checkpoint):
             framework = Framework.from_pretrained(checkpoint)
         check_finite(framework, checkpoint / "model.safetensors")
+        load_raw(framework, checkpoint)
     else:
         action_dim, state_dim = data.dims
         framework = build_framework(section, action_dim=action_dim, state_dim=state_dim)
@@ -418,6 +427,7 @@ class Run:
     step: int = 0  # optimizer steps done
     parts: list[dict[str, Any]] = field(default_factory=list)  # what is trained, see `parts_table`
     losses: dict[str, float] = field(default_factory=dict)  # of the last step, as the sources name them
+    ema: EMA | None = None  # the average of the weights, where one is kept
 
     @property
     def view(self) -> AugmentedView:
@@ -515,6 +525,8 @@ def restore(run: Run, checkpoint: Path, optimizer: torch.optim.Optimizer) -> Non
     rank = run.accelerator.process_index
     if rank == 0:
         check_data(run, checkpoint, saved.get("data"))
+    if run.ema:
+        run.ema.restore(checkpoint)
     load_trainer(checkpoint, optimizer=optimizer, scheduler=run.scheduler, rank=rank)
 
 # %% ../../nbs/training/25_run.ipynb #full0003
@@ -575,12 +587,19 @@ def start_folder(run: Run, cfg: Config) -> None:
 def make_optimizer(
     framework: Framework, settings: TrainerSettings
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW over what is not frozen, and its schedule. Raises `ConfigError` for a path that names nothing."""
+    """The optimizer of what is not frozen, and its schedule. Raises `ConfigError` for a path that names nothing."""
     freeze_modules(framework, settings.freeze_modules)
     groups = parameter_groups(framework, settings.learning_rate, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=settings.betas, fused=True)
+    optimizer = build_optimizer(groups, settings.optimizer, settings.optimizer_args, settings.betas)
     steps, warmup = settings.max_train_steps, settings.warmup_steps
     return optimizer, warmup_cosine(optimizer, steps, warmup, settings.min_lr_ratio)
+
+# %% ../../nbs/training/25_run.ipynb #emarun01
+def average_of(run: Run) -> EMA | None:
+    """The average of a run's weights, once they are wrapped. Raises `ConfigError` where it cannot be had."""
+    deepspeed = run.accelerator.distributed_type == DistributedType.DEEPSPEED
+    stage = run.accelerator.state.deepspeed_plugin.zero_stage if deepspeed else 0
+    return make_ema(run.framework, run.settings.ema_decay, run.settings.ema_warmup, stage)
 
 # %% ../../nbs/training/25_run.ipynb #9c8cbae3
 def set_up(
@@ -621,7 +640,7 @@ def set_up(
     wrapped, stepper = accelerator.prepare(Objective(framework, learnt), optimizer)
     spec = next(iter(policy_specs(data).values()))
     run = Run(folder, seed, settings, data, spec, accelerator, framework, wrapped, stepper, scheduler, learnt)
-    run.parts = parts
+    run.parts, run.ema = parts, average_of(run)
     if checkpoint:
         restore(run, checkpoint, optimizer)
     accelerator.wait_for_everyone()
@@ -631,7 +650,12 @@ def set_up(
 
 # %% ../../nbs/training/25_run.ipynb #run00010
 def save(run: Run) -> None:
-    """A checkpoint of the present step. Every process must call this."""
+    """A checkpoint of the present step, with the averaged weights where there are some. Every process must call this."""
+    with averaged(run.ema):
+        _save(run)
+
+
+def _save(run: Run) -> None:
     accelerator = run.accelerator
     plain = accelerator.distributed_type in (
         DistributedType.NO,
@@ -639,6 +663,7 @@ def save(run: Run) -> None:
         DistributedType.MULTI_GPU,
     )
     weights = None if plain else framework_weights(accelerator.get_state_dict(run.model))
+    raw = run.ema.raw_weights(keep=accelerator.is_main_process) if run.ema else None
     rng = gather_object([rng_state()])
     if accelerator.is_main_process:
         save_checkpoint(
@@ -647,6 +672,7 @@ def save(run: Run) -> None:
             framework=run.framework,
             spec=run.spec,
             weights=weights,
+            raw=raw,
             optimizer=run.optimizer,
             scheduler=run.scheduler,
             rng=rng,
