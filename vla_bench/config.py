@@ -63,6 +63,7 @@ def require_whole(key: str, value: Any, least: int) -> None:
 KEY_ALIASES = {
     "framework.framework_py": "framework.name",
     "framework.qwenvl": "framework.vlm",
+    "trainer.is_resume": "trainer.resume",
     "evaluation.replan_steps": "evaluation.n_action_steps",
     "evaluation.execute_steps": "evaluation.n_action_steps",  # ours, up to version 0.1.0
 }
@@ -189,11 +190,11 @@ def _yaml_value(text: str) -> Any:
     return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
 
 
-WORDS = {"trainer.resume": ("last_good",)}  # keys that are true, false, or one of these words
+WORDS = {"trainer.resume": ("auto", "last_good")}  # keys that are true, false, or one of these words
 
 
 def _typed(key: str, text: str, present: Any) -> Any:
-    if text in WORDS.get(key, ()):
+    if text in WORDS.get(canonical_key(key), ()):
         return text
     name = canonical_key(key) in NAMES
     if isinstance(present, str):

@@ -50,7 +50,7 @@ def numbers(run) -> dict:
         "optimizer": (type(run.optimizer.optimizer).__name__, {group.get("eps") for group in groups}),
         "average": run.ema and (run.ema.decay, run.ema.warmup),
         "betas": {group.get("betas") for group in groups},
-        "schedule": [[f(step) for f in run.scheduler.lr_lambdas[:1]] for step in range(4)],
+        "schedule": [[f(step) for f in run.scheduler.lr_lambdas[:1]] for step in range(6)],
         "specification": (run.spec.cameras, run.spec.horizon, run.spec.normalization, run.spec.state is None),
         "clipping": settings.gradient_clipping,
         "weight of the loss": {name: source.weight for name, source in run.sources.items()},
@@ -84,6 +84,8 @@ CHANGES = [
     ("trainer.weight_decay=0.02", {"decay"}),
     ("trainer.warmup_steps=3", {"schedule"}),
     ("trainer.min_lr_ratio=0.5", {"schedule"}),
+    ("trainer.schedule=wsd", {"schedule"}),
+    (["trainer.schedule=wsd", "trainer.decay_steps=4"], {"schedule"}),
     ("trainer.gradient_clipping=0.5", {"clipping"}),
     ("trainer.ema_decay=0.9", {"average"}),
     ("trainer.loss_scale={vla: 0.5}", {"weight of the loss"}),
@@ -127,7 +129,7 @@ def unchanged():
 def test_a_setting_changes_what_it_names_and_nothing_else(config, unchanged, change, names):
     if not unchanged:
         unchanged.update(numbers(set_up(config("run_id=unchanged"))))
-    found = numbers(set_up(config([change])))
+    found = numbers(set_up(config([change] if isinstance(change, str) else change)))
     assert {name for name in found if found[name] != unchanged[name]} == names
 
 
@@ -253,7 +255,8 @@ def test_shared_statistics_change_the_numbers_and_nothing_else(config, arm, unch
 
 
 def test_every_key_is_changed_alone_by_one_of_these():
-    changed = {key.partition("=")[0] for key, _ in CHANGES}
+    words = [word for change, _ in CHANGES for word in ([change] if isinstance(change, str) else change)]
+    changed = {word.partition("=")[0] for word in words}
     trainer = {name.split(".")[1] for name in changed if name.startswith("trainer.")}
     # test_pretrained, test_imitation, test_ema
     elsewhere = {"pretrained_checkpoint", "reload_modules", "resume", "ema_warmup"}
@@ -275,8 +278,10 @@ def test_the_defaults_are_these():
         "optimizer_args": None,
         "betas": (0.9, 0.95),
         "weight_decay": 0.0,
+        "schedule": "cosine",
         "warmup_steps": 0,
         "min_lr_ratio": 0.0,
+        "decay_steps": None,
         "gradient_clipping": 1.0,
         "ema_decay": None,
         "ema_warmup": False,
