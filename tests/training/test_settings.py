@@ -57,6 +57,7 @@ def numbers(run) -> dict:
         "workers": settings.num_workers,
         "intervals": (settings.log_interval, settings.eval_interval, settings.save_interval),
         "measured": settings.eval_samples,
+        "trackers": run.trackers,
     }
 
 
@@ -95,6 +96,7 @@ CHANGES = [
     ("trainer.eval_interval=2", {"intervals"}),
     ("trainer.save_interval=2", {"intervals"}),
     ("trainer.eval_samples=2", {"measured"}),
+    ("trainer.trackers=[tensorboard]", {"trackers"}),
     ("trainer.verify=true", {"compared"}),
     ("seed=1", {"weights", "noise", "augmentation", *SPLIT, *SEEN}),
     (f"{VLA}.cameras=[wrist,front]", {*SEEN, "specification"}),
@@ -291,6 +293,7 @@ def test_the_defaults_are_these():
         "eval_interval": 500,
         "save_interval": 1000,
         "eval_samples": 1024,
+        "trackers": None,
         "pretrained_checkpoint": None,
         "reload_modules": None,
         "loss_scale": None,

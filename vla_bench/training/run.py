@@ -91,6 +91,7 @@ from vla_bench.training.sources import (
     robots_alone,
     weighted,
 )
+from .trackers import tracker_names
 
 # %% ../../nbs/training/25_run.ipynb #c8f85b2d
 @dataclass
@@ -119,6 +120,7 @@ class TrainerSettings:
     eval_interval: int = 500
     save_interval: int = 1000
     eval_samples: int = 1024  # held-out frames per evaluation, evenly spread
+    trackers: Any = None  # tensorboard, trackio, wandb: see `tracker_names`
     pretrained_checkpoint: str | None = None  # weights to start from: see `load_pretrained`
     reload_modules: Any = None  # module paths to load from it, a list or separated by commas; all without
     loss_scale: Any = None  # weights of the sources' losses, such as {vla: 1.0, vlm: 0.1}
@@ -185,6 +187,8 @@ class RunSettings:
     run_root_dir: str
     run_id: str
     seed: int = 0
+    wandb_project: str | None = None  # see `tracker_names`
+    wandb_entity: str | None = None  # whose account at Weights & Biases
 
     def __post_init__(self):
         for key in ("run_root_dir", "run_id"):
@@ -195,6 +199,9 @@ class RunSettings:
         require(one, "run_id", "the name of one folder (run_root_dir says where it lies)", self.run_id)
         require_whole("seed", self.seed, least=0)
         require(self.seed < 2**32, "seed", "less than 4294967296, as numpy's generator takes it", self.seed)
+        for key in ("wandb_project", "wandb_entity"):
+            text = vars(self)[key]
+            require(text is None or isinstance(text, str), key, "a text", text)
 
 # %% ../../nbs/training/25_run.ipynb #a5c252a3
 def check_processes(accelerator: Accelerator, deepspeed: bool) -> None:
@@ -237,6 +244,7 @@ FREE_KEYS = (
     "eval_interval",
     "eval_samples",
     "save_interval",
+    "trackers",
 )
 
 
@@ -246,7 +254,7 @@ def differences(
 ) -> list[str]:  # "trainer.weight_decay is 0.01 there and 0.5 here"
     """The keys in which two configurations differ, but for those that change nothing that is learned."""
     saved, now = _flat(_named(saved)), _flat(_named(now))
-    free = ("evaluation", *(f"trainer.{key}" for key in FREE_KEYS))
+    free = ("evaluation", "wandb_", *(f"trainer.{key}" for key in FREE_KEYS))
     return [
         f"{key} is {saved.get(key)!r} there and {now.get(key)!r} here"
         for key in sorted(saved.keys() | now.keys())
@@ -460,6 +468,7 @@ class Run:
     parts: list[dict[str, Any]] = field(default_factory=list)  # what is trained, see `parts_table`
     losses: dict[str, float] = field(default_factory=dict)  # of the last step, as the sources name them
     ema: EMA | None = None  # the average of the weights, where one is kept
+    trackers: list[str] = field(default_factory=list)  # where its numbers go besides metrics.jsonl
 
     @property
     def view(self) -> AugmentedView:
@@ -680,7 +689,9 @@ def set_up(
     sources = cfg.section("datasets.vla_data").into(DataSettings)
     model = cfg.section("framework").to_dict(added=False)
     check_dtype(model)
-    top = RunSettings(cfg["run_root_dir"], cfg["run_id"], cfg["seed"] if "seed" in cfg else 0)
+    account = cfg.get("wandb_project"), cfg.get("wandb_entity")
+    top = RunSettings(cfg["run_root_dir"], cfg["run_id"], cfg["seed"] if "seed" in cfg else 0, *account)
+    trackers = tracker_names(settings.trackers, top.wandb_project)
     seed, folder = top.seed, Path(top.run_root_dir) / top.run_id
     data = open_data(sources, cfg["framework"]["action_horizon"], seed)
     cfg.require_read()
@@ -706,7 +717,7 @@ def set_up(
     wrapped, stepper = accelerator.prepare(Objective(framework, learnt), optimizer)
     spec = next(iter(policy_specs(data).values()))
     run = Run(folder, seed, settings, data, spec, accelerator, framework, wrapped, stepper, scheduler, learnt)
-    run.parts, run.ema = parts, average_of(run)
+    run.parts, run.ema, run.trackers = parts, average_of(run), trackers
     if checkpoint:
         restore(run, checkpoint, optimizer)
     accelerator.wait_for_everyone()
