@@ -466,6 +466,13 @@ def _names(self: Config) -> list[str]:
 
 
 @patch
+def own_keys(self: Config) -> list[str]:
+    """Names at this level, but for those that only the user's own code reads."""
+    prefix = self._prefix + "." if self._prefix else ""
+    return list(dict.fromkeys(key.removeprefix(prefix).partition(".")[0] for key in self._names()))
+
+
+@patch
 def require_names(self: Config, known: Sequence[str]) -> None:
     """Raises `ConfigError` for a key of this section that is not below one of the known names."""
     for key in self._names():
