@@ -79,6 +79,7 @@ from vla_bench.training.resume import (
     fresh_generators,
     samples_per_step,
 )
+from .retention import check_retention, remove_superfluous
 from .schedule import check_end, check_schedule, end_text, follow, make_schedule
 from vla_bench.training.sources import (
     Objective,
@@ -119,6 +120,8 @@ class TrainerSettings:
     log_interval: int = 10  # steps, as are the next two
     eval_interval: int = 500
     save_interval: int = 1000
+    keep_last: int | None = None  # so many checkpoints, the newest; all without
+    keep_every: int | None = None  # and for ever those whose step is a multiple of it
     eval_samples: int = 1024  # held-out frames per evaluation, evenly spread
     trackers: Any = None  # tensorboard, trackio, wandb: see `tracker_names`
     pretrained_checkpoint: str | None = None  # weights to start from: see `load_pretrained`
@@ -177,6 +180,10 @@ def _check_optimizer(settings: "TrainerSettings") -> None:
     check_ema(settings.ema_decay, settings.ema_warmup)
     if settings.decay_steps is not None:
         require_whole("trainer.decay_steps", settings.decay_steps, least=1)
+    for key in ("keep_last", "keep_every"):
+        if vars(settings)[key] is not None:
+            require_whole(f"trainer.{key}", vars(settings)[key], least=1)
+    check_retention(settings.keep_last, settings.keep_every)
     check_schedule(settings.schedule, steps, warmup, ratio, settings.decay_steps)
 
 # %% ../../nbs/training/25_run.ipynb #2add83d3
@@ -245,6 +252,8 @@ FREE_KEYS = (
     "eval_samples",
     "save_interval",
     "trackers",
+    "keep_last",
+    "keep_every",
 )
 
 
@@ -755,6 +764,7 @@ def _save(run: Run) -> None:
             rng=rng,
             progress={**progress(run), "data": run.identity, "config": run.configuration},
         )
+        remove_superfluous(run.folder, run.settings.keep_last, run.settings.keep_every)
     accelerator.wait_for_everyone()
 
 # %% ../../nbs/training/25_run.ipynb #8e71d611
