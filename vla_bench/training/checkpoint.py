@@ -113,9 +113,13 @@ def save_trainer(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     rng: Sequence[Mapping],  # `rng_state()` of every process
     progress: Mapping[str, Any],  # plain numbers, strings, lists
+    raw: Mapping[str, torch.Tensor]
+    | None = None,  # the trained weights, where the model file holds their average
 ) -> None:
     """Writes `trainer/` into a checkpoint that is being made."""
     (folder / "trainer").mkdir()
+    if raw is not None:
+        save_file(dict(raw), folder / "trainer/weights.safetensors")
     state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
     with (folder / "trainer/optimizer.pt").open(
         "wb"
@@ -221,19 +225,21 @@ def save_checkpoint(
     rng: Sequence[Mapping],  # `rng_state()` of every process
     progress: Mapping[str, Any],  # the trainer's place, as in `save_trainer`
     weights: Mapping[str, torch.Tensor] | None = None,  # gathered ones, if the model is sharded
+    raw: Mapping[str, torch.Tensor] | None = None,  # as in `save_trainer`
 ) -> Path:
     """Writes `checkpoints/step_…`, whole or not at all. To be called by one process.
 
     Raises `NotWrittenError` for a full disk, with the checkpoints before as they were.
     """
     final = Path(run) / "checkpoints" / f"step_{step:06d}"
-    needed = tensor_bytes([weights or framework.state_dict(), optimizer.state_dict()])
+    needed = tensor_bytes([weights or framework.state_dict(), optimizer.state_dict(), raw])
     with what_stands(run), write_whole_folder(final, needed) as folder:
         framework.save_pretrained(folder)
         if weights is not None:
             save_file({k: v.clone() for k, v in weights.items()}, folder / "model.safetensors")
         write_json(folder / "policy.json", spec_to_dict(spec))
-        save_trainer(folder, optimizer=optimizer, scheduler=scheduler, rng=rng, progress=progress)
+        states = {"optimizer": optimizer, "scheduler": scheduler, "rng": rng, "progress": progress}
+        save_trainer(folder, **states, raw=raw)
         write_manifest(folder)
     return final
 

@@ -8,7 +8,7 @@ Docs: https://vla-bench.github.io/vla_bench/training/run.html.md"""
 __all__ = ['COUNTS', 'FREE_KEYS', 'PLACES', 'FALLS_BACK', 'TrainerSettings', 'RunSettings', 'check_processes', 'make_accelerator',
            'differences', 'check_continuation', 'find_resume', 'check_dtype', 'inside', 'check_ranges', 'in_own_memory',
            'load_framework', 'identity', 'Run', 'progress', 'compare_progress', 'check_data', 'follow_end', 'restore',
-           'save_policies', 'start_folder', 'make_optimizer', 'set_up', 'save', 'finish']
+           'save_policies', 'start_folder', 'make_optimizer', 'average_of', 'set_up', 'save', 'finish']
 
 # %% ../../nbs/training/25_run.ipynb #grun0002
 import os
@@ -62,6 +62,7 @@ from vla_bench.training.checkpoint import (
     what_stands,
 )
 from .data import Data, DataSettings, open_data, policy_specs
+from .ema import EMA, averaged, check_ema, load_raw, make_ema
 from .loop import AugmentedView, BatchSampler
 from vla_bench.training.optim import (
     flat_learning_rates,
@@ -69,6 +70,7 @@ from vla_bench.training.optim import (
     parameter_groups,
     parts_table,
 )
+from .optimizers import BETAS, build_optimizer, check_optimizer
 from .pretrained import load_pretrained, module_paths
 from vla_bench.training.resume import (
     Split,
@@ -90,6 +92,7 @@ from vla_bench.training.sources import (
     robots_alone,
     weighted,
 )
+from .trackers import tracker_names
 
 # %% ../../nbs/training/25_run.ipynb #c8f85b2d
 @dataclass
@@ -101,13 +104,17 @@ class TrainerSettings:
     gradient_accumulation_steps: int = 1
     learning_rate: Any = 1e-4  # a number, or rates by module path: see `parameter_groups`
     freeze_modules: Any = None  # module paths, a list or separated by commas
-    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    optimizer: str = "adamw"  # see `OPTIMIZERS`
+    optimizer_args: Any = None  # its own arguments, a section such as {eps: 1.0e-6}
+    betas: tuple[float, float] = BETAS  # of AdamW and Lion
     weight_decay: float = 0.0  # of matrices
     schedule: str = "cosine"  # of the learning rate; or constant_with_warmup, wsd: see `make_schedule`
     warmup_steps: int = 0
     min_lr_ratio: float = 0.0  # last learning rate as a fraction of the peak
     decay_steps: int | None = None  # of wsd: the last ones, in which the rate falls; a tenth of all without
     gradient_clipping: float = 1.0  # largest norm of the gradient
+    ema_decay: float | None = None  # of an average of the weights, which is measured and served: see `EMA`
+    ema_warmup: bool = False  # whether the average forgets the first steps sooner
     mixed_precision: str = "no"  # or "bf16": autocast; weights and moments stay float32
     num_workers: int = 1  # processes that decode and prepare, per training process
     log_interval: int = 10  # steps, as are the next two
@@ -116,6 +123,7 @@ class TrainerSettings:
     keep_last: int | None = None  # so many checkpoints, the newest; all without
     keep_every: int | None = None  # and for ever those whose step is a multiple of it
     eval_samples: int = 1024  # held-out frames per evaluation, evenly spread
+    trackers: Any = None  # tensorboard, trackio, wandb: see `tracker_names`
     pretrained_checkpoint: str | None = None  # weights to start from: see `load_pretrained`
     reload_modules: Any = None  # module paths to load from it, a list or separated by commas; all without
     loss_scale: Any = None  # weights of the sources' losses, such as {vla: 1.0, vlm: 0.1}
@@ -158,7 +166,7 @@ COUNTS = {  # whole numbers of `trainer`, and the least that can be meant
 
 
 def _check_optimizer(settings: "TrainerSettings") -> None:
-    """Raises `ConfigError` for numbers with which AdamW and its schedule cannot work."""
+    """Raises `ConfigError` for an optimizer or numbers with which it and its schedule cannot work."""
     clip, decay, betas = settings.gradient_clipping, settings.weight_decay, settings.betas
     ratio, warmup, steps = settings.min_lr_ratio, settings.warmup_steps, settings.max_train_steps
     require(is_number(clip) and clip > 0, "trainer.gradient_clipping", "a positive, finite number", clip)
@@ -168,6 +176,8 @@ def _check_optimizer(settings: "TrainerSettings") -> None:
     require(is_number(ratio) and 0 <= ratio <= 1, "trainer.min_lr_ratio", "a number in [0, 1]", ratio)
     less = f"less than trainer.max_train_steps, which is {steps}"
     require(warmup < steps, "trainer.warmup_steps", less, warmup)
+    check_optimizer(settings.optimizer, settings.optimizer_args, betas)
+    check_ema(settings.ema_decay, settings.ema_warmup)
     if settings.decay_steps is not None:
         require_whole("trainer.decay_steps", settings.decay_steps, least=1)
     for key in ("keep_last", "keep_every"):
@@ -184,6 +194,8 @@ class RunSettings:
     run_root_dir: str
     run_id: str
     seed: int = 0
+    wandb_project: str | None = None  # see `tracker_names`
+    wandb_entity: str | None = None  # whose account at Weights & Biases
 
     def __post_init__(self):
         for key in ("run_root_dir", "run_id"):
@@ -194,6 +206,9 @@ class RunSettings:
         require(one, "run_id", "the name of one folder (run_root_dir says where it lies)", self.run_id)
         require_whole("seed", self.seed, least=0)
         require(self.seed < 2**32, "seed", "less than 4294967296, as numpy's generator takes it", self.seed)
+        for key in ("wandb_project", "wandb_entity"):
+            text = vars(self)[key]
+            require(text is None or isinstance(text, str), key, "a text", text)
 
 # %% ../../nbs/training/25_run.ipynb #a5c252a3
 def check_processes(accelerator: Accelerator, deepspeed: bool) -> None:
@@ -236,6 +251,7 @@ FREE_KEYS = (
     "eval_interval",
     "eval_samples",
     "save_interval",
+    "trackers",
     "keep_last",
     "keep_every",
 )
@@ -247,7 +263,7 @@ def differences(
 ) -> list[str]:  # "trainer.weight_decay is 0.01 there and 0.5 here"
     """The keys in which two configurations differ, but for those that change nothing that is learned."""
     saved, now = _flat(_named(saved)), _flat(_named(now))
-    free = ("evaluation", *(f"trainer.{key}" for key in FREE_KEYS))
+    free = ("evaluation", "wandb_", *(f"trainer.{key}" for key in FREE_KEYS))
     return [
         f"{key} is {saved.get(key)!r} there and {now.get(key)!r} here"
         for key in sorted(saved.keys() | now.keys())
@@ -418,6 +434,7 @@ def load_framework(
         with naming(checkpoint):
             framework = Framework.from_pretrained(checkpoint)
         check_finite(framework, checkpoint / "model.safetensors")
+        load_raw(framework, checkpoint)
     else:
         action_dim, state_dim = data.dims
         framework = build_framework(section, action_dim=action_dim, state_dim=state_dim)
@@ -459,6 +476,8 @@ class Run:
     step: int = 0  # optimizer steps done
     parts: list[dict[str, Any]] = field(default_factory=list)  # what is trained, see `parts_table`
     losses: dict[str, float] = field(default_factory=dict)  # of the last step, as the sources name them
+    ema: EMA | None = None  # the average of the weights, where one is kept
+    trackers: list[str] = field(default_factory=list)  # where its numbers go besides metrics.jsonl
 
     @property
     def view(self) -> AugmentedView:
@@ -585,6 +604,8 @@ def restore(run: Run, checkpoint: Path, optimizer: torch.optim.Optimizer) -> Non
     rank, processes = run.accelerator.process_index, run.accelerator.num_processes
     if rank == 0:
         check_data(run, checkpoint, saved.get("data"))
+    if run.ema:
+        run.ema.restore(checkpoint)
     same = saved["processes"] == processes
     load_trainer(checkpoint, optimizer=optimizer, scheduler=run.scheduler, rank=rank if same else None)
     follow_end(run, checkpoint, saved)
@@ -650,12 +671,19 @@ def start_folder(run: Run, cfg: Config) -> None:
 def make_optimizer(
     framework: Framework, settings: TrainerSettings
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW over what is not frozen, and its schedule. Raises `ConfigError` for a path that names nothing."""
+    """The optimizer of what is not frozen, and its schedule. Raises `ConfigError` for a path that names nothing."""
     freeze_modules(framework, settings.freeze_modules)
     groups = parameter_groups(framework, settings.learning_rate, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=settings.betas, fused=True)
+    optimizer = build_optimizer(groups, settings.optimizer, settings.optimizer_args, settings.betas)
     steps, warmup, ratio = settings.max_train_steps, settings.warmup_steps, settings.min_lr_ratio
     return optimizer, make_schedule(optimizer, settings.schedule, steps, warmup, ratio, settings.decay_steps)
+
+# %% ../../nbs/training/25_run.ipynb #emarun01
+def average_of(run: Run) -> EMA | None:
+    """The average of a run's weights, once they are wrapped. Raises `ConfigError` where it cannot be had."""
+    deepspeed = run.accelerator.distributed_type == DistributedType.DEEPSPEED
+    stage = run.accelerator.state.deepspeed_plugin.zero_stage if deepspeed else 0
+    return make_ema(run.framework, run.settings.ema_decay, run.settings.ema_warmup, stage)
 
 # %% ../../nbs/training/25_run.ipynb #9c8cbae3
 def set_up(
@@ -670,7 +698,9 @@ def set_up(
     sources = cfg.section("datasets.vla_data").into(DataSettings)
     model = cfg.section("framework").to_dict(added=False)
     check_dtype(model)
-    top = RunSettings(cfg["run_root_dir"], cfg["run_id"], cfg["seed"] if "seed" in cfg else 0)
+    account = cfg.get("wandb_project"), cfg.get("wandb_entity")
+    top = RunSettings(cfg["run_root_dir"], cfg["run_id"], cfg["seed"] if "seed" in cfg else 0, *account)
+    trackers = tracker_names(settings.trackers, top.wandb_project)
     seed, folder = top.seed, Path(top.run_root_dir) / top.run_id
     data = open_data(sources, cfg["framework"]["action_horizon"], seed)
     cfg.require_read()
@@ -696,7 +726,7 @@ def set_up(
     wrapped, stepper = accelerator.prepare(Objective(framework, learnt), optimizer)
     spec = next(iter(policy_specs(data).values()))
     run = Run(folder, seed, settings, data, spec, accelerator, framework, wrapped, stepper, scheduler, learnt)
-    run.parts = parts
+    run.parts, run.ema, run.trackers = parts, average_of(run), trackers
     if checkpoint:
         restore(run, checkpoint, optimizer)
     accelerator.wait_for_everyone()
@@ -706,7 +736,12 @@ def set_up(
 
 # %% ../../nbs/training/25_run.ipynb #run00010
 def save(run: Run) -> None:
-    """A checkpoint of the present step. Every process must call this."""
+    """A checkpoint of the present step, with the averaged weights where there are some. Every process must call this."""
+    with averaged(run.ema):
+        _save(run)
+
+
+def _save(run: Run) -> None:
     accelerator = run.accelerator
     plain = accelerator.distributed_type in (
         DistributedType.NO,
@@ -714,6 +749,7 @@ def save(run: Run) -> None:
         DistributedType.MULTI_GPU,
     )
     weights = None if plain else framework_weights(accelerator.get_state_dict(run.model))
+    raw = run.ema.raw_weights(keep=accelerator.is_main_process) if run.ema else None
     rng = gather_object([rng_state()])
     if accelerator.is_main_process:
         save_checkpoint(
@@ -722,6 +758,7 @@ def save(run: Run) -> None:
             framework=run.framework,
             spec=run.spec,
             weights=weights,
+            raw=raw,
             optimizer=run.optimizer,
             scheduler=run.scheduler,
             rng=rng,
