@@ -138,7 +138,7 @@ def sweep(request: JobRequest, sweeps: Sequence[str], known: Mapping[str, Any]) 
     each = [swept(request.parameters, words, base) for words in sweep_words(sweeps)]
     return [replace(request, parameters=parameters) for parameters in each]
 
-# %% ../../nbs/training/62_submit.ipynb #a3c02153
+# %% ../../nbs/training/62_submit.ipynb #ca07e633
 class NotebookJob:
     """What a job runs: a notebook, whole. An instance is pickled and sent."""
 
@@ -161,7 +161,7 @@ class NotebookJob:
                 subprocess.run(["scontrol", "requeue", job.raw_job_id], check=True)
                 raise SystemExit(0) from None  # leaves no result, and SLURM ends the job
             why = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
-            raise RuntimeError(f"{executed}, cell {error.cell_index}: {why}") from None
+            raise RuntimeError(f"{executed}, In [{error.exec_count}]: {why}") from None
         return str(executed)
 
 # %% ../../nbs/training/62_submit.ipynb #d65392cb
