@@ -113,9 +113,13 @@ def save_trainer(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     rng: Sequence[Mapping],  # `rng_state()` of every process
     progress: Mapping[str, Any],  # plain numbers, strings, lists
+    raw: Mapping[str, torch.Tensor]
+    | None = None,  # the trained weights, where the model file holds their average
 ) -> None:
     """Writes `trainer/` into a checkpoint that is being made."""
     (folder / "trainer").mkdir()
+    if raw is not None:
+        save_file(dict(raw), folder / "trainer/weights.safetensors")
     state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
     with (folder / "trainer/optimizer.pt").open(
         "wb"
@@ -158,11 +162,11 @@ def load_trainer(
     *,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
-    rank: int = 0,  # of this process
+    rank: int | None = 0,  # of this process; None: its generators are left alone
 ) -> None:
     """Restores optimizer, schedule and the generators of this process. Raises `ValueError` when they do not fit."""
     rng, path = load_rng(folder), folder / "trainer/optimizer.pt"
-    if rank >= len(rng):
+    if rank is not None and rank >= len(rng):
         raise ValueError(
             f"{folder} was saved by {len(rng)} processes; continue it with as many, not {rank + 1}"
         )
@@ -177,8 +181,9 @@ def load_trainer(
     with naming(path):
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-    with naming(folder / "trainer/rng.json"):
-        set_rng_state(rng[rank])
+    if rank is not None:
+        with naming(folder / "trainer/rng.json"):
+            set_rng_state(rng[rank])
 
 # %% ../../nbs/training/10_checkpoint.ipynb #full0001
 @contextmanager
@@ -220,19 +225,21 @@ def save_checkpoint(
     rng: Sequence[Mapping],  # `rng_state()` of every process
     progress: Mapping[str, Any],  # the trainer's place, as in `save_trainer`
     weights: Mapping[str, torch.Tensor] | None = None,  # gathered ones, if the model is sharded
+    raw: Mapping[str, torch.Tensor] | None = None,  # as in `save_trainer`
 ) -> Path:
     """Writes `checkpoints/step_…`, whole or not at all. To be called by one process.
 
     Raises `NotWrittenError` for a full disk, with the checkpoints before as they were.
     """
     final = Path(run) / "checkpoints" / f"step_{step:06d}"
-    needed = tensor_bytes([weights or framework.state_dict(), optimizer.state_dict()])
+    needed = tensor_bytes([weights or framework.state_dict(), optimizer.state_dict(), raw])
     with what_stands(run), write_whole_folder(final, needed) as folder:
         framework.save_pretrained(folder)
         if weights is not None:
             save_file({k: v.clone() for k, v in weights.items()}, folder / "model.safetensors")
         write_json(folder / "policy.json", spec_to_dict(spec))
-        save_trainer(folder, optimizer=optimizer, scheduler=scheduler, rng=rng, progress=progress)
+        states = {"optimizer": optimizer, "scheduler": scheduler, "rng": rng, "progress": progress}
+        save_trainer(folder, **states, raw=raw)
         write_manifest(folder)
     return final
 
