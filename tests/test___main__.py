@@ -61,6 +61,11 @@ MISTAKES = {
         "wrong": (["--config_yaml", str(RUN)], "datasets.vlm_data is missing"),
         "no file": (["--config_yaml", "nowhere.yaml"], "nowhere.yaml"),
     },
+    "vlm": {
+        "missing": ([], "--config_yaml"),
+        "wrong": (["--config_yaml", str(RUN)], "datasets.vla_data: this program learns from language alone"),
+        "no file": (["--config_yaml", "nowhere.yaml"], "nowhere.yaml"),
+    },
     "evaluate": {
         "missing": ([], "--run"),
         "wrong": (["--run", str(RUN), "evaluation.episods=3"], "did you mean 'evaluation.episodes'"),
@@ -243,6 +248,7 @@ PACKAGE = Path(__file__).parents[1] / "vla_bench"
 FILES = [
     "training/imitation",
     "training/cotrain",
+    "training/vlm",
     "evaluation/program",
     "evaluation/report",
     "serving/policy",
