@@ -59,7 +59,7 @@ EXTRAS = {
     "av": "train",
     "h5py": "hdf5",
     "google_crc32c": "rlds",
-} | {name: name for name in ("metaworld", "deepspeed", "wandb")}
+} | {name: name for name in ("metaworld", "deepspeed", "tensorboard", "trackio", "wandb")}
 
 
 def install_hint(

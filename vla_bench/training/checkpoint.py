@@ -15,38 +15,37 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
+
 from ..config import suggest
-from ..data.layout import PolicySpec
-from ..data.layout import spec_from_dict
-from ..data.layout import spec_to_dict
+from ..data.layout import PolicySpec, spec_from_dict, spec_to_dict
 from ..data.lerobot_files import DatasetFiles
 from ..data.remote import RemoteFolder
-from ..files import Kind
-from ..files import NotWrittenError
-from ..files import check_fields
-from ..files import check_manifest
-from ..files import checkpoint_step
-from ..files import file_hash
-from ..files import list_checkpoints
-from ..files import naming
-from ..files import read_json
-from ..files import sample_hash
-from ..files import write_json
-from ..files import write_manifest
-from ..files import write_whole_folder
-from ..models.frameworks.alone import ALONE
-from ..models.frameworks.alone import without_policy
+from vla_bench.files import (
+    Kind,
+    NotWrittenError,
+    check_fields,
+    check_manifest,
+    checkpoint_step,
+    file_hash,
+    list_checkpoints,
+    naming,
+    read_json,
+    sample_hash,
+    write_json,
+    write_manifest,
+    write_whole_folder,
+)
+from ..models.frameworks.alone import ALONE, without_policy
 from ..models.frameworks.framework import Framework
 
 # %% ../../nbs/training/10_checkpoint.ipynb #9c36d4a5
@@ -115,9 +114,13 @@ def save_trainer(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     rng: Sequence[Mapping],  # `rng_state()` of every process
     progress: Mapping[str, Any],  # plain numbers, strings, lists
+    raw: Mapping[str, torch.Tensor]
+    | None = None,  # the trained weights, where the model file holds their average
 ) -> None:
     """Writes `trainer/` into a checkpoint that is being made."""
     (folder / "trainer").mkdir()
+    if raw is not None:
+        save_file(dict(raw), folder / "trainer/weights.safetensors")
     state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
     with (folder / "trainer/optimizer.pt").open(
         "wb"
@@ -160,11 +163,11 @@ def load_trainer(
     *,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
-    rank: int = 0,  # of this process
+    rank: int | None = 0,  # of this process; None: its generators are left alone
 ) -> None:
     """Restores optimizer, schedule and the generators of this process. Raises `ValueError` when they do not fit."""
     rng, path = load_rng(folder), folder / "trainer/optimizer.pt"
-    if rank >= len(rng):
+    if rank is not None and rank >= len(rng):
         raise ValueError(
             f"{folder} was saved by {len(rng)} processes; continue it with as many, not {rank + 1}"
         )
@@ -179,8 +182,9 @@ def load_trainer(
     with naming(path):
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-    with naming(folder / "trainer/rng.json"):
-        set_rng_state(rng[rank])
+    if rank is not None:
+        with naming(folder / "trainer/rng.json"):
+            set_rng_state(rng[rank])
 
 # %% ../../nbs/training/10_checkpoint.ipynb #full0001
 @contextmanager
@@ -222,20 +226,22 @@ def save_checkpoint(
     rng: Sequence[Mapping],  # `rng_state()` of every process
     progress: Mapping[str, Any],  # the trainer's place, as in `save_trainer`
     weights: Mapping[str, torch.Tensor] | None = None,  # gathered ones, if the model is sharded
+    raw: Mapping[str, torch.Tensor] | None = None,  # as in `save_trainer`
 ) -> Path:
     """Writes `checkpoints/step_…`, whole or not at all. To be called by one process.
 
     Raises `NotWrittenError` for a full disk, with the checkpoints before as they were.
     """
     final = Path(run) / "checkpoints" / f"step_{step:06d}"
-    needed = tensor_bytes([weights or framework.state_dict(), optimizer.state_dict()])
+    needed = tensor_bytes([weights or framework.state_dict(), optimizer.state_dict(), raw])
     with what_stands(run), write_whole_folder(final, needed) as folder:
         framework.save_pretrained(folder)
         if weights is not None:
             save_file({k: v.clone() for k, v in weights.items()}, folder / "model.safetensors")
         if spec is not None:
             write_json(folder / "policy.json", spec_to_dict(spec))
-        save_trainer(folder, optimizer=optimizer, scheduler=scheduler, rng=rng, progress=progress)
+        states = {"optimizer": optimizer, "scheduler": scheduler, "rng": rng, "progress": progress}
+        save_trainer(folder, **states, raw=raw)
         write_manifest(folder)
     return final
 

@@ -23,6 +23,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, ProcessorMixin
 
+from .image_attention import attend_by_length
+from .patch_embedding import multiply_patches
+from .position_ids import remember_positions
 from .processor import load_processor
 from vla_bench.models.backbones.tokens import (
     last_state,
@@ -133,6 +136,9 @@ class VLM(nn.Module):
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
         super().__init__()
+        multiply_patches(model)
+        attend_by_length(model)
+        remember_positions(model)
         self.model = model
         self.processor = processor
         self.prepare = self.prepare_class(processor)

@@ -9,25 +9,21 @@ __all__ = ['ALONE', 'FREEZING', 'PARTS', 'without_policy', 'BackboneAlone', 'bui
 
 # %% ../../../nbs/models/frameworks/06_alone.ipynb #alon0003
 import json
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
 from fastcore.basics import patch
 from safetensors.torch import save_model
 from torch import nn
-from ...files import checkpoint_of
-from ...files import read_json
-from ...files import write_whole_folder
+
+from ...files import checkpoint_of, read_json, write_whole_folder
 from ..backbones.component_loading import quiet
-from ..backbones.loading import LOADING_KEYS
-from ..backbones.loading import load_vlm
+from ..backbones.loading import LOADING_KEYS, load_vlm
 from ..backbones.vlm import VLM
-from ..backbones.weights_file import load_weights
-from ..backbones.weights_file import without_init
+from ..backbones.weights_file import load_weights, without_init
 from ..interop.weights import read_weights
-from ...registry import RegistryError
-from ...registry import suggest
+from ...registry import RegistryError, suggest
 
 # %% ../../../nbs/models/frameworks/06_alone.ipynb #alon0006
 ALONE = "backbone.json"

@@ -13,35 +13,29 @@ __all__ = ['TRUE_OR_FALSE', 'TEXT', 'LIST', 'SECTION', 'WHOLE_NUMBER', 'SHARED',
 
 # %% ../../../nbs/models/frameworks/01_build.ipynb #uild0002
 import json
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
 import torch
 from fastcore.basics import patch
 from torch import nn
+
 from ...files import read_json
-from ..backbones.loading import LOADING_KEYS
-from ..backbones.loading import backbone_class
-from ..backbones.loading import check_loading
-from ..backbones.loading import check_one_way
-from ..backbones.loading import load_vlm
+from vla_bench.models.backbones.loading import (
+    LOADING_KEYS,
+    backbone_class,
+    check_loading,
+    check_one_way,
+    load_vlm,
+)
 from ..backbones.vlm import VLM
-from .alone import ALONE
-from .alone import without_policy
-from .prepare import Prepare
-from .prepare import check_prompt
-from ..heads.head import ActionHead
-from ..heads.head import HeadSizes
+from .alone import ALONE, without_policy
+from .prepare import Prepare, check_prompt
+from ..heads.head import ActionHead, HeadSizes
 from ..interop.weights import load_mapped
-from ...registry import BACKBONES
-from ...registry import FRAMEWORKS
-from ...registry import HEADS
-from ...registry import RegistryError
-from ...registry import check_arguments
-from ...registry import suggest
+from ...registry import BACKBONES, FRAMEWORKS, HEADS, RegistryError, check_arguments, suggest
 
 # %% ../../../nbs/models/frameworks/01_build.ipynb #e463bf92
 @dataclass(frozen=True)
