@@ -243,6 +243,7 @@ PACKAGE = Path(__file__).parents[1] / "vla_bench"
 FILES = [
     "training/imitation",
     "training/cotrain",
+    "training/adapters",
     "evaluation/program",
     "evaluation/report",
     "serving/policy",

@@ -41,6 +41,7 @@ from vla_bench.files import (
     write_json,
     writing,
 )
+from ..models.frameworks.adapters import add_adapters, check_adapters
 from ..models.frameworks.build import build_framework
 from ..models.frameworks.framework import Framework
 from ..settings import get_setting
@@ -104,6 +105,7 @@ class TrainerSettings:
     gradient_clipping: float = 1.0  # largest norm of the gradient
     ema_decay: float | None = None  # of an average of the weights, which is measured and served: see `EMA`
     ema_warmup: bool = False  # whether the average forgets the first steps sooner
+    peft: Any = None  # adapters in the backbone, such as {type: LORA, r: 8}: see `add_adapters`
     mixed_precision: str = "no"  # or "bf16": autocast; weights and moments stay float32
     num_workers: int = 1  # processes that decode and prepare, per training process
     log_interval: int = 10  # steps, as are the next two
@@ -166,6 +168,7 @@ def _check_optimizer(settings: "TrainerSettings") -> None:
     require(warmup < steps, "trainer.warmup_steps", less, warmup)
     check_optimizer(settings.optimizer, settings.optimizer_args, betas)
     check_ema(settings.ema_decay, settings.ema_warmup)
+    check_adapters(settings.peft)
 
 # %% ../../nbs/training/25_run.ipynb #2add83d3
 @dataclass
@@ -589,6 +592,7 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """The optimizer of what is not frozen, and its schedule. Raises `ConfigError` for a path that names nothing."""
     freeze_modules(framework, settings.freeze_modules)
+    add_adapters(framework, settings.peft)
     groups = parameter_groups(framework, settings.learning_rate, settings.weight_decay)
     optimizer = build_optimizer(groups, settings.optimizer, settings.optimizer_args, settings.betas)
     steps, warmup = settings.max_train_steps, settings.warmup_steps
