@@ -162,11 +162,11 @@ def load_trainer(
     *,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
-    rank: int = 0,  # of this process
+    rank: int | None = 0,  # of this process; None: its generators are left alone
 ) -> None:
     """Restores optimizer, schedule and the generators of this process. Raises `ValueError` when they do not fit."""
     rng, path = load_rng(folder), folder / "trainer/optimizer.pt"
-    if rank >= len(rng):
+    if rank is not None and rank >= len(rng):
         raise ValueError(
             f"{folder} was saved by {len(rng)} processes; continue it with as many, not {rank + 1}"
         )
@@ -181,8 +181,9 @@ def load_trainer(
     with naming(path):
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-    with naming(folder / "trainer/rng.json"):
-        set_rng_state(rng[rank])
+    if rank is not None:
+        with naming(folder / "trainer/rng.json"):
+            set_rng_state(rng[rank])
 
 # %% ../../nbs/training/10_checkpoint.ipynb #full0001
 @contextmanager
