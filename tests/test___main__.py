@@ -254,6 +254,7 @@ PACKAGE = Path(__file__).parents[1] / "vla_bench"
 FILES = [
     "training/imitation",
     "training/cotrain",
+    "training/adapters",
     "training/submit",
     "training/vlm",
     "evaluation/program",

@@ -43,6 +43,7 @@ from vla_bench.files import (
     writing,
 )
 from ..models.frameworks.alone import BackboneAlone, build_alone
+from ..models.frameworks.adapters import add_adapters, check_adapters
 from ..models.frameworks.build import build_framework
 from ..models.frameworks.framework import Framework
 from ..settings import get_setting
@@ -117,6 +118,7 @@ class TrainerSettings:
     gradient_clipping: float = 1.0  # largest norm of the gradient
     ema_decay: float | None = None  # of an average of the weights, which is measured and served: see `EMA`
     ema_warmup: bool = False  # whether the average forgets the first steps sooner
+    peft: Any = None  # adapters in the backbone, such as {type: LORA, r: 8}: see `add_adapters`
     mixed_precision: str = "no"  # or "bf16": autocast; weights and moments stay float32
     num_workers: int = 1  # processes that decode and prepare, per training process
     log_interval: int = 10  # steps, as are the next two
@@ -180,6 +182,7 @@ def _check_optimizer(settings: "TrainerSettings") -> None:
     require(warmup < steps, "trainer.warmup_steps", less, warmup)
     check_optimizer(settings.optimizer, settings.optimizer_args, betas)
     check_ema(settings.ema_decay, settings.ema_warmup)
+    check_adapters(settings.peft)
     if settings.decay_steps is not None:
         require_whole("trainer.decay_steps", settings.decay_steps, least=1)
     for key in ("keep_last", "keep_every"):
@@ -699,6 +702,7 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """The optimizer of what is not frozen, and its schedule. Raises `ConfigError` for a path that names nothing."""
     freeze_modules(framework, settings.freeze_modules)
+    add_adapters(framework, settings.peft)
     groups = parameter_groups(framework, settings.learning_rate, settings.weight_decay)
     optimizer = build_optimizer(groups, settings.optimizer, settings.optimizer_args, settings.betas)
     steps, warmup, ratio = settings.max_train_steps, settings.warmup_steps, settings.min_lr_ratio
