@@ -20,12 +20,15 @@ import torch
 from torch import Tensor
 
 from .position_ids import rope_positions
+from .qwen_pixels import QwenPrepare
 from .vlm import VLM, next_token_loss
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/20_qwen.ipynb #a2053c6b
 class QwenImages(VLM):
     """Flat patches, 2 × 2 patches per token, three position ids per token."""
+
+    prepare_class = QwenPrepare
 
     def position_ids(self, inputs: dict[str, Tensor]) -> Tensor:
         """Time, height and width ids, [3, B, L]."""

@@ -96,8 +96,11 @@ def __call__(
     """Tensors of a batch. Raises `ValueError` when the numbers of images and texts disagree."""
     if len(images) != len(texts) or not texts:
         raise ValueError(f"{len(images)} lists of images for {len(texts)} texts; expected one list per text")
-    prompts = [self.prompt(text, len(row)) for text, row in zip(texts, images)]
-    return dict(self.encode(prompts, [list(row) for row in images]))
+    asked = [(text, len(row)) for text, row in zip(texts, images)]
+    prompts = {
+        each: self.prompt(*each) for each in dict.fromkeys(asked)
+    }  # robots hear few instructions, often
+    return dict(self.encode([prompts[each] for each in asked], [list(row) for row in images]))
 
 # %% ../../../nbs/models/backbones/10_vlm.ipynb #4f2188ce
 @contextmanager
