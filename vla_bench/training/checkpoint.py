@@ -15,7 +15,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save_file
+from accelerate.utils import set_seed
 
 from ..config import suggest
 from ..data.layout import PolicySpec, spec_from_dict, spec_to_dict
@@ -159,15 +159,13 @@ def load_trainer(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     rank: int = 0,  # of this process
+    load: Callable[[Mapping[str, Any]], None]
+    | None = None,  # takes the optimizer's state; None: the optimizer itself
 ) -> None:
     """Restores optimizer, schedule and the generators of this process. Raises `ValueError` when they do not fit."""
     rng, path = load_rng(folder), folder / "trainer/optimizer.pt"
-    if rank >= len(rng):
-        raise ValueError(
-            f"{folder} was saved by {len(rng)} processes; continue it with as many, not {rank + 1}"
-        )
-    with naming(path):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    with naming(path):  # with `load`, tensors stay in the file until they are copied
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=load is not None)
         theirs = [group.get("name") for group in state["optimizer"]["param_groups"]]
     ours = [group.get("name") for group in optimizer.param_groups]
     if theirs != ours:
@@ -175,10 +173,12 @@ def load_trainer(
             f"{folder} has the parameter groups {theirs}, this run {ours}: other rates or freezing"
         )
     with naming(path):
-        optimizer.load_state_dict(state["optimizer"])
+        (load or optimizer.load_state_dict)(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
     with naming(folder / "trainer/rng.json"):
-        set_rng_state(rng[rank])
+        set_rng_state(rng[min(rank, len(rng) - 1)])
+    if rank >= len(rng):  # the saved run had fewer processes: draw what none of them draws
+        set_seed(int(torch.randint(2**31, ())) + rank)
 
 # %% ../../nbs/training/10_checkpoint.ipynb #full0001
 @contextmanager
@@ -228,9 +228,7 @@ def save_checkpoint(
     final = Path(run) / "checkpoints" / f"step_{step:06d}"
     needed = tensor_bytes([weights or framework.state_dict(), optimizer.state_dict()])
     with what_stands(run), write_whole_folder(final, needed) as folder:
-        framework.save_pretrained(folder)
-        if weights is not None:
-            save_file({k: v.clone() for k, v in weights.items()}, folder / "model.safetensors")
+        framework.save_pretrained(folder, **({} if weights is None else {"weights": weights}))
         write_json(folder / "policy.json", spec_to_dict(spec))
         save_trainer(folder, optimizer=optimizer, scheduler=scheduler, rng=rng, progress=progress)
         write_manifest(folder)
