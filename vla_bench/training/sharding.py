@@ -78,6 +78,7 @@ class Whole:
     """Every process holds all weights and the whole optimizer: one process, and DDP."""
 
     mode = "whole"
+    stage = 0  # of ZeRO
 
     def __init__(
         self,
