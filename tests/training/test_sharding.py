@@ -159,7 +159,7 @@ def test_any_mode_continues_any_other(first, then, run_in, losses):
         assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
 
 
-NOISY = [("fsdp2", "GR00T"), ("zero3", "PI05")]
+NOISY = [("fsdp2", "PI05"), ("zero3", "GR00T")]
 NOISY += (
     [(m, f) for m in MODES[1:] for f in ("GR00T", "PI05", "OpenVLA") if (m, f) not in NOISY] if WHOLE else []
 )
@@ -187,7 +187,8 @@ def test_other_frameworks_with_frozen_parts_and_evaluations_are_those_of_ddp(mod
 def test_bfloat16_is_autocast_over_float32_weights(mode, run_in, losses):
     more = "--trainer.mixed_precision bf16"
     ddp, ours = (run_in(m, options(m, 2, more=more)) for m in ("ddp", mode))
-    exact = 1e-5 if mode != "fsdp2" else 2e-2  # whose gathered weights are bfloat16 as well
+    # FSDP2 gathers bfloat16, and ZeRO-3 has a linear layer of its own that rounds in another place
+    exact = {"fsdp2": 2e-2, "zero3": 2e-3}.get(mode, 1e-5)
     assert [row[1] for row in losses(ours)] == pytest.approx([row[1] for row in losses(ddp)], abs=exact)
     weights, moments, _ = state(ours)
     assert {value.dtype for value in (*weights.values(), *moments.values())} == {torch.float32}
