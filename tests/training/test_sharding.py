@@ -47,7 +47,7 @@ def environ(mode):
 
 
 @pytest.fixture
-def run_in(config, several):
+def run_in(config, launched):
     """`run_in(mode, overrides, framework, processes)`: a run in a mode, `one` for one process; its folder.
 
     With a folder, the run in it goes on.
@@ -57,7 +57,7 @@ def run_in(config, several):
         cfg = load_config(folder, overrides) if folder else config(overrides, framework)
         if mode == "one":
             return train(cfg)
-        several(lambda: train(cfg), processes, environ(mode))
+        launched(lambda: train(cfg), processes, environ(mode))
         return Path(cfg["run_root_dir"]) / cfg["run_id"]
 
     return run
@@ -77,7 +77,7 @@ def state(run, step=-1):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_runs_is_what_was_asked_for(mode, config, several):
+def test_what_runs_is_what_was_asked_for(mode, config, launched):
     cfg = config(options("run", 2))
 
     def what_runs():
@@ -88,7 +88,7 @@ def test_what_runs_is_what_was_asked_for(mode, config, several):
         finish(run)
         return *found, own, total
 
-    told = several(what_runs, 2, environ(mode))
+    told = launched(what_runs, 2, environ(mode))
     assert {each[:3] for each in told} == {("whole" if mode == "ddp" else mode, 2, "MULTI_CPU")}
     if mode == "fsdp2":  # every weight is in shards
         assert sum(own for *_, own, _ in told) == told[0][-1]
@@ -195,7 +195,7 @@ def test_bfloat16_is_autocast_over_float32_weights(mode, run_in, losses):
 
 
 @pytest.mark.parametrize("mode", ["fsdp2", "zero2", *(("zero1", "zero3") if WHOLE else ())])
-def test_a_loss_of_one_process_that_is_not_finite_stops_all_and_changes_nothing(mode, config, several):
+def test_a_loss_of_one_process_that_is_not_finite_stops_all_and_changes_nothing(mode, config, launched):
     cfg = config(options("run", 2))
 
     def spoiled():
@@ -212,7 +212,7 @@ def test_a_loss_of_one_process_that_is_not_finite_stops_all_and_changes_nothing(
         finish(run)
         return str(told.value), same
 
-    (first, same, *_), (second, *_) = several(spoiled, 2, environ(mode))
+    (first, same, *_), (second, *_) = launched(spoiled, 2, environ(mode))
     assert first == second and "Samples whose loss alone is not finite: " in first and same
 
 
@@ -231,7 +231,7 @@ class SpoiledView:
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
-def test_a_gradient_that_is_not_finite_changes_nothing(mode, config, several):
+def test_a_gradient_that_is_not_finite_changes_nothing(mode, config, launched):
     cfg = config(options("run", 2))
 
     def exploded():
@@ -246,5 +246,5 @@ def test_a_gradient_that_is_not_finite_changes_nothing(mode, config, several):
         finish(run)
         return norm, same
 
-    for norm, same in several(exploded, 2, environ(mode)):
+    for norm, same in launched(exploded, 2, environ(mode)):
         assert not math.isfinite(norm) and same
