@@ -240,14 +240,17 @@ def test_sharded_processes_learn_from_both_like_one(both, launched, mode, length
     if mode != "ddp":
         pytest.importorskip("deepspeed")
     sizes = lambda n: f"--trainer.per_device_batch_size {2 * n} --trainer.weight_decay 0"
-    alone = train(both(f"--run_id alone {sizes(2)}", per_device_batch_size=2, model_max_length=length))
-    cfg = both(f"--run_id pair {sizes(1)}", per_device_batch_size=1, model_max_length=length)
+    told = {"model_max_length": length, "eval_dataset": "talk"}
+    alone = train(both(f"--run_id alone {sizes(2)}", per_device_batch_size=2, **told))
+    cfg = both(f"--run_id pair {sizes(1)}", per_device_batch_size=1, **told)
     pair, *_ = launched(lambda: train(cfg), 2, SHARDED[mode])
     names = ("loss", "action_loss", "language_loss")
     for ours, theirs in zip(logged(pair, *names), logged(alone, *names), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
     rows = [row.get("dropped/vlm", 0) for row in read_metrics(pair / "metrics.jsonl") if "loss" in row]
     assert bool(any(rows)) == (length == 28)
+    measured = [read_metrics(run / "metrics.jsonl")[-1]["eval/language_loss"] for run in (pair, alone)]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-4)
 
 
 def test_a_run_is_not_continued_on_other_conversations(both, talk, tmp_path):
