@@ -139,8 +139,8 @@ def _child(function: Callable, rank: int, processes: int, environ: dict[str, str
 
 
 @pytest.fixture(scope="session")
-def several() -> Callable[..., list]:
-    """`several(function, processes, environ)`: what a function returns in each of the processes of a launch.
+def launched() -> Callable[..., list]:
+    """`launched(function, processes, environ)`: what a function returns in each of the processes of a launch.
 
     They are forks of this one, so they need not import anything. One that fails ends all.
     """

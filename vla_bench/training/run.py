@@ -773,7 +773,8 @@ def set_up(
     check_insulation(framework, learnt)
     parts = parts_table(framework, optimizer.param_groups)
     set_seed(seed, device_specific=True)
-    sharding = distribute(accelerator, Objective(framework, learnt), optimizer, settings)
+    alike = set(learnt) == {"vla"}  # of conversations, one process may draw an image and another none
+    sharding = distribute(accelerator, Objective(framework, learnt), optimizer, settings, alike)
     wrapped, stepper = sharding.model, sharding.optimizer
     spec = next(iter(policy_specs(data).values())) if data else None
     trained = accelerator, framework, wrapped, stepper, scheduler, learnt, sharding

@@ -12,7 +12,8 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ class Zero(Whole):
         objective: nn.Module,
         optimizer: torch.optim.Optimizer,
         config: Mapping[str, Any],  # from `zero_config`
+        alike: bool = True,  # whether all processes run the same modules in a step
     ):
         self.accelerator, self.framework, self.base = accelerator, objective.framework, optimizer
         self.groups = [list(group["params"]) for group in optimizer.param_groups]
@@ -97,10 +99,15 @@ class Zero(Whole):
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it; without a launcher nobody sets it
         self.model, self.zero, *_ = self.deepspeed.initialize(**parts, dist_init_required=False)
         self.optimizer = DeepSpeedOptimizerWrapper(optimizer)  # whose step is the engine's
+        self.together = self.stage == 3 and not alike
+        if self.together:
+            self.unhook()
 
-    def accumulate(self):
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
         """Surrounds forward and backward pass of one micro-batch."""
-        return self.accelerator.accumulate()
+        with self.whole() if self.together else nullcontext(), self.accelerator.accumulate():
+            yield
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of one micro-batch, divided by their number and averaged over the processes."""
@@ -119,23 +126,31 @@ class Zero(Whole):
 
 # %% ../../nbs/training/13_zero.ipynb #zero013
 @patch
-@contextmanager
-def whole(self: Zero) -> Iterator[None]:
-    """Within, every process has all weights, and no call of the framework waits for another process."""
-    if self.stage < 3:
-        yield
-        return
+def unhook(self: Zero) -> None:
+    """Takes off the hooks that gather weights around every module."""
     hooks = self.zero.parameter_offload
     for parameter in self.framework.parameters():
         parameter.ds_active_sub_modules.clear()
     for hook in (*hooks.forward_hooks, *hooks.backward_hooks):
         hook.remove()
     hooks.forward_hooks, hooks.backward_hooks = [], []
+
+
+@patch
+@contextmanager
+def whole(self: Zero) -> Iterator[None]:
+    """Within, every process has all weights, and no call of the framework waits for another process."""
+    if self.stage < 3:
+        yield
+        return
+    self.unhook()
     try:
         with self.deepspeed.zero.GatheredParameters(list(self.framework.parameters())):
             yield
     finally:
-        hooks._register_deepspeed_module(hooks.module)
+        if not self.together:
+            hooks = self.zero.parameter_offload
+            hooks._register_deepspeed_module(hooks.module)
 
 
 @patch
@@ -249,16 +264,18 @@ def distribute(
     objective: nn.Module,  # has the framework in `framework`
     optimizer: torch.optim.Optimizer,  # over the framework's weights
     settings: Any,  # `TrainerSettings`
+    alike: bool = True,  # whether all processes run the same modules in a step
 ) -> Whole:
     """The model and its optimizer, distributed as the launcher asks. Raises `ConfigError` for what cannot be followed."""
     asked, processes = asked_sharding(), accelerator.num_processes
     if asked.mode == "fsdp2":
+        asked = asked if alike else replace(asked, blocks=())
         made: Whole = FSDP2(accelerator, objective, optimizer, asked)
         found = made.model._get_fsdp_state()._fsdp_param_group.mesh_info.mesh.size()
     elif asked.mode == "zero":
         steps, norm = settings.gradient_accumulation_steps, settings.gradient_clipping
         config = zero_config(settings.per_device_batch_size, steps, norm, processes)
-        made = Zero(accelerator, objective, optimizer, config)
+        made = Zero(accelerator, objective, optimizer, config, alike)
         found = made.model.dp_world_size if made.model.zero_optimization_stage() == made.stage else 0
     else:
         made = Whole(accelerator, objective, optimizer)
