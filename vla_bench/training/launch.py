@@ -28,6 +28,7 @@ import torch
 from fastcore.basics import patch
 
 from ..config import ConfigError, load_config, parse_overrides, require_whole
+from .stopping import STATUS
 
 # %% ../../nbs/training/60_launch.ipynb #c78f4a66
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def start(
     return launched
 
 # %% ../../nbs/training/60_launch.ipynb #08295492
-STOPPED_STATUS = 143  # 128 + SIGTERM: has saved
+STOPPED_STATUS = STATUS[signal.SIGTERM]
 REQUEUE_STATUSES = (75, 138)  # SIGUSR1: has saved, or was not yet training; to be started again
 NO_FAILURE = (0, STOPPED_STATUS, *REQUEUE_STATUSES)
 
