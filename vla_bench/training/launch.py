@@ -341,7 +341,8 @@ def look(self: Progress) -> None:
     row = last_row(self.metrics) if written else None
     if row is None or row["step"] == self.printed:
         return
-    if row["step"] >= self.steps or row["step"] - self.printed >= self.steps / 20:
+    whole = self.printed == 0 or row["step"] >= self.steps  # the first and the last
+    if whole or row["step"] - self.printed >= self.steps / 20:
         print(self.text(row), flush=True)
         self.printed = row["step"]
     elif in_notebook():
