@@ -232,7 +232,7 @@ def test_a_rank_that_fails_ends_the_job_within_30_seconds_with_its_message(how, 
     assert time.time() - failed.stat().st_mtime < 30
 
 
-def test_a_cancelled_job_is_not_queued_again(home):
+def test_a_cancelled_job_saves_and_is_not_queued_again(home):
     job = sbatch(
         "slurm_multi_node.sh", home, *notebook(home, "cancelled", more="trainer.max_train_steps=100000")
     )
@@ -241,6 +241,7 @@ def test_a_cancelled_job_is_not_queued_again(home):
     subprocess.run(["scancel", job], check=True)
     ended(job)
     assert [path.name for path in (run / "logs").iterdir()] == [f"job_{job}_0"]
+    assert len(list_checkpoints(run)) == 1
 
 
 def test_a_launched_job_that_makes_room_continues(home, two):
