@@ -80,6 +80,7 @@ CROSS_CUTTING = {
     "training/test_order_of_samples.py": "loop and order: which samples a run sees",
     "training/test_policy_of_a_run.py": "run and policy",
     "training/test_program.py": "the training, in each form that a program has",
+    "training/test_slurm.py": "launch and submit, on a SLURM of two nodes",
     "training/test_settings.py": "each setting reaches what it controls",
     "training/test_unread_keys.py": "config, run and rollout: keys that nothing reads",
     "training/test_what_is_trained.py": "optim, run and imitation: parts and losses",

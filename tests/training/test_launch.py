@@ -220,3 +220,18 @@ def test_the_address_can_be_said(slurm, monkeypatch):
     assert node_address("n[1-2]") == "10.1.2.3"
     monkeypatch.setenv("MASTER_ADDR", "192.168.0.7")
     assert rendezvous(launch_plan())["MASTER_ADDR"] == "192.168.0.7"
+
+
+def test_a_rank_that_only_lost_the_others_is_not_the_one_to_blame(toy):
+    """Also when it is the first to have ended, and when an accelerate launcher has the last word."""
+    lost = "[rank0]: RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:10641\\n"
+    cause = (
+        "[rank1]: ValueError: no frames\\n" + lost + "torch.distributed.elastic.errors.ChildFailedError:\\n"
+    )
+    code = f"import os, sys, time; rank = os.environ['RANK'] == '1'; time.sleep(0.3 * rank); sys.stderr.write('{cause}' if rank else '{lost}'); sys.exit(1)"
+    launched = start(LaunchPlan(2), toy / "logs", [sys.executable, "-c", code])
+    with pytest.raises(
+        RankFailedError,
+        match=r"^rank 1 of 2 ended with status 1: ValueError: no frames \(.*; after it: rank 0\)$",
+    ):
+        watch(launched, Progress(launched, toy / "metrics.jsonl", 4))

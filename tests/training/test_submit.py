@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -244,3 +245,13 @@ def test_a_cell_that_fails_is_told_in_one_line(tmp_path, monkeypatch, capsys):
     number = re.match(r"job (\d+): .*/out/\1/small.ipynb, its log: .*/out/\1/", said.out)[1]
     executed = tmp_path / "out" / number / "small.ipynb"
     assert said.err == f"error: job {number}: {executed}, In [3]: ValueError: no frames\n"
+
+
+@pytest.mark.parametrize("name", ["single_node", "multi_node", "array"])
+def test_the_scripts_for_sbatch_ask_to_be_queued_again(name):
+    """What they do is tried on a real SLURM, by `make slurm`."""
+    path = ROOT / f"experiments/clusters/slurm_{name}.sh"
+    subprocess.run(["bash", "-n", path], check=True)
+    lines = path.read_text().splitlines()
+    assert {"#SBATCH --requeue", "#SBATCH --signal=B:USR1@120", "#SBATCH --open-mode=append"} <= set(lines)
+    assert "source experiments/clusters/slurm_requeue.sh" in lines

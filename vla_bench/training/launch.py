@@ -28,6 +28,7 @@ import torch
 from fastcore.basics import patch
 
 from ..config import ConfigError, load_config, parse_overrides, require_whole
+from .stopping import STATUS
 
 # %% ../../nbs/training/60_launch.ipynb #c78f4a66
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def start(
     return launched
 
 # %% ../../nbs/training/60_launch.ipynb #08295492
-STOPPED_STATUS = 143  # 128 + SIGTERM: has saved
+STOPPED_STATUS = STATUS[signal.SIGTERM]
 REQUEUE_STATUSES = (75, 138)  # SIGUSR1: has saved, or was not yet training; to be started again
 NO_FAILURE = (0, STOPPED_STATUS, *REQUEUE_STATUSES)
 
@@ -224,6 +225,9 @@ def statuses(launched: Launched) -> dict[int, int]:
 _ERROR = re.compile(
     r"(?:\[rank\d+\]:\s*)?((?:[\w.]+(?:Error|Exception|Interrupt|Exit)\b|error:|SIG[A-Z0-9]+:).*)"
 )
+_FOLLOWS = re.compile(
+    "ChildFailedError|CalledProcessError|closed by peer|reset by peer"
+)  # from another's failure
 
 
 def last_message(log: Path) -> str:
@@ -231,14 +235,18 @@ def last_message(log: Path) -> str:
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [match[1] for line in lines if (match := _ERROR.match(line))]
-    return (errors or lines or ["it printed nothing"])[-1]
+    own = [error for error in errors if not _FOLLOWS.search(error)]
+    return (own or errors or lines or ["it printed nothing"])[-1]
 
 
 def failures(launched: Launched) -> list[int]:
-    """The tasks that have failed, in the order in which they said their last word."""
+    """The tasks that have failed, in the order in which they said so; last those that only lost the others."""
     bad = [task for task, status in statuses(launched).items() if status not in NO_FAILURE]
-    said = {task: launched.log(task).stat().st_mtime if launched.log(task).is_file() else 0 for task in bad}
-    return sorted(bad, key=said.__getitem__)
+    logs = {task: launched.log(task) for task in bad if launched.log(task).is_file()}
+    said = {
+        task: (bool(_FOLLOWS.search(last_message(log))), log.stat().st_mtime) for task, log in logs.items()
+    }
+    return sorted(bad, key=lambda task: said.get(task, (False, 0.0)))
 
 
 def failure(launched: Launched, failed: Sequence[int]) -> str:
@@ -340,7 +348,8 @@ def look(self: Progress) -> None:
     row = last_row(self.metrics) if written else None
     if row is None or row["step"] == self.printed:
         return
-    if row["step"] >= self.steps or row["step"] - self.printed >= self.steps / 20:
+    whole = self.printed == 0 or row["step"] >= self.steps  # the first and the last
+    if whole or row["step"] - self.printed >= self.steps / 20:
         print(self.text(row), flush=True)
         self.printed = row["step"]
     elif in_notebook():
@@ -386,8 +395,7 @@ def watch(launched: Launched, progress: Progress) -> None:
         end(launched, ask=True)
         progress.look()
     codes = statuses(launched)
-    if after := [task for task in failures(launched) if task not in failed and codes[task] != _KILLED]:
-        failed = [*failed, *after]
+    failed = [task for task in failures(launched) if task in failed or codes[task] != _KILLED]
     if failed:
         raise RankFailedError(failure(launched, failed))
     if set(REQUEUE_STATUSES) & set(codes.values()):
