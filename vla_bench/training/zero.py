@@ -92,11 +92,16 @@ class Zero(Whole):
         self.mode = f"zero{self.stage}"
         self.deepspeed = load_deepspeed(accelerator.device)
         make_mesh(accelerator.device)  # so that there is a group
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it; without a launcher nobody sets it
+        self.deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
         objective = accelerator.prepare_model(
             objective, device_placement=self.stage < 3, evaluation_mode=True
         )
+        if self.stage == 3:  # shard by shard, so that no device ever holds the whole model
+            self.deepspeed.zero.Init(module=objective, config_dict_or_path=dict(config))
+            for each in objective.buffers():
+                each.data = each.to(accelerator.device)
         parts = {"model": objective, "optimizer": optimizer, "config": dict(config)}
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it; without a launcher nobody sets it
         self.model, self.zero, *_ = self.deepspeed.initialize(**parts, dist_init_required=False)
         self.optimizer = DeepSpeedOptimizerWrapper(optimizer)  # whose step is the engine's
         self.together = self.stage == 3 and not alike
