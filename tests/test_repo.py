@@ -65,6 +65,7 @@ CROSS_CUTTING = {
     "models/frameworks/test_contract.py": "what a framework expects of somebody's head",
     "models/frameworks/test_two_features.py": "two features of frameworks and heads together",
     "models/frameworks/test_values.py": "frameworks: values, not shapes",
+    "models/heads/test_real_time_chunking.py": "every flow head: actions that are decided already",
     "models/heads/test_action_mask.py": "every head that masks: robots of one batch with different actions",
     "models/heads/test_hidden_state_heads.py": "every head that reads the last layer's hidden states",
     "models/interop/test_config_keys.py": "formats and conversion: every key of every original's configuration",

@@ -267,7 +267,7 @@ def test_configurations_differ_in_what_is_learned(change, expected):
 def test_the_keys_that_change_nothing_that_is_learned_are_these():
     assert set(FREE_KEYS) == {
         "resume", "verify", "num_workers", "log_interval", "eval_interval", "eval_samples", "save_interval",
-        "keep_last", "keep_every", "trackers"
+        "keep_last", "keep_every", "trackers", "gradient_checkpointing"
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from vla_bench.config import load_config
 from vla_bench.data.mixture import MixtureEntry
 from vla_bench.data.robots import read_robot
 from vla_bench.data.writer import LeRobotWriter
+from vla_bench.models.frameworks.blocks import repeated_blocks
 from vla_bench.training.imitation import make_loader
 from vla_bench.training.run import DataSettings, RunSettings, TrainerSettings, progress, set_up
 
@@ -53,6 +54,10 @@ def numbers(run) -> dict:
         "schedule": [[f(step) for f in run.scheduler.lr_lambdas[:1]] for step in range(6)],
         "specification": (run.spec.cameras, run.spec.horizon, run.spec.normalization, run.spec.state is None),
         "clipping": settings.gradient_clipping,
+        "blocks": [
+            run.framework.get_submodule(path).__dict__.get("forward")
+            for path in repeated_blocks(run.framework)
+        ],
         "weight of the loss": {name: source.weight for name, source in run.sources.items()},
         "workers": settings.num_workers,
         "intervals": (settings.log_interval, settings.eval_interval, settings.save_interval),
@@ -90,6 +95,8 @@ CHANGES = [
     (["trainer.schedule=wsd", "trainer.decay_steps=4"], {"schedule"}),
     ("trainer.gradient_clipping=0.5", {"clipping"}),
     ("trainer.ema_decay=0.9", {"average"}),
+    ("trainer.gradient_checkpointing=true", {"blocks"}),
+    ("trainer.compile=true", {"blocks"}),
     ("trainer.peft={type: LORA, target_modules: [q_proj]}", {"weights", "rates", "decay"}),
     ("trainer.loss_scale={vla: 0.5}", {"weight of the loss"}),
     ("trainer.mixed_precision=bf16", {"precision"}),
@@ -292,6 +299,8 @@ def test_the_defaults_are_these():
         "ema_decay": None,
         "ema_warmup": False,
         "peft": None,
+        "gradient_checkpointing": False,
+        "compile": False,
         "mixed_precision": "no",
         "num_workers": 1,
         "log_interval": 10,

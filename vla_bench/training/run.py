@@ -9,7 +9,8 @@ __all__ = ['COUNTS', 'FREE_KEYS', 'PLACES', 'FALLS_BACK', 'TrainerSettings', 'Ru
            'make_accelerator', 'differences', 'check_continuation', 'find_resume', 'check_dtype', 'inside',
            'check_ranges', 'in_own_memory', 'load_alone', 'load_framework', 'identity', 'Run', 'progress',
            'robots_progress', 'compare_progress', 'check_data', 'follow_end', 'restore', 'save_policies',
-           'start_folder', 'make_optimizer', 'average_of', 'read_robots', 'robots_of', 'set_up', 'save', 'finish']
+           'start_folder', 'make_optimizer', 'wrap_blocks', 'average_of', 'read_robots', 'robots_of', 'set_up', 'save',
+           'finish']
 
 # %% ../../nbs/training/25_run.ipynb #grun0002
 import os
@@ -45,6 +46,7 @@ from vla_bench.files import (
 )
 from ..models.frameworks.alone import BackboneAlone, build_alone
 from ..models.frameworks.adapters import add_adapters, check_adapters
+from ..models.frameworks.blocks import compile_blocks, recompute_blocks
 from ..models.frameworks.build import build_framework
 from ..models.frameworks.framework import Framework
 from ..settings import get_setting
@@ -121,6 +123,8 @@ class TrainerSettings:
     ema_warmup: bool = False  # whether the average forgets the first steps sooner
     peft: Any = None  # adapters in the backbone, such as {type: LORA, r: 8}: see `add_adapters`
     mixed_precision: str = "no"  # or "bf16": autocast; weights and moments stay float32
+    gradient_checkpointing: bool = False  # compute the blocks again in the backward pass, to need less memory
+    compile: bool = False  # compile the blocks of backbone and head, at their first call
     num_workers: int = 1  # processes that decode and prepare, per training process
     log_interval: int = 10  # steps, as are the next two
     eval_interval: int = 500
@@ -184,6 +188,8 @@ def _check_optimizer(settings: "TrainerSettings") -> None:
     check_optimizer(settings.optimizer, settings.optimizer_args, betas)
     check_ema(settings.ema_decay, settings.ema_warmup)
     check_adapters(settings.peft)
+    for key in ("gradient_checkpointing", "compile"):
+        require(isinstance(vars(settings)[key], bool), f"trainer.{key}", "true or false", vars(settings)[key])
     if settings.decay_steps is not None:
         require_whole("trainer.decay_steps", settings.decay_steps, least=1)
     for key in ("keep_last", "keep_every"):
@@ -261,6 +267,7 @@ def make_accelerator(settings: TrainerSettings) -> Accelerator:
 
 # %% ../../nbs/training/25_run.ipynb #30bd6114
 FREE_KEYS = (
+    "gradient_checkpointing",
     "resume",
     "verify",
     "num_workers",
@@ -718,6 +725,17 @@ def make_optimizer(
     steps, warmup, ratio = settings.max_train_steps, settings.warmup_steps, settings.min_lr_ratio
     return optimizer, make_schedule(optimizer, settings.schedule, steps, warmup, ratio, settings.decay_steps)
 
+# %% ../../nbs/training/25_run.ipynb #wrap0002
+def wrap_blocks(framework: Framework, settings: TrainerSettings) -> None:
+    """Compiles the repeated blocks, and recomputes them, where asked for. Raises `ConfigError` when there is none."""
+    asked = {"compile": compile_blocks, "gradient_checkpointing": recompute_blocks}
+    for key, change in asked.items():
+        if vars(settings)[key]:
+            try:
+                change(framework)
+            except ValueError as error:
+                raise ConfigError(f"trainer.{key}: {error}") from error
+
 # %% ../../nbs/training/25_run.ipynb #emarun01
 def average_of(run: Run) -> EMA | None:
     """The average of a run's weights, once they are wrapped. Raises `ConfigError` where it cannot be had."""
@@ -771,6 +789,7 @@ def set_up(
     freeze_untaught(framework, learnt)
     optimizer, scheduler = make_optimizer(framework, settings)
     check_insulation(framework, learnt)
+    wrap_blocks(framework, settings)
     parts = parts_table(framework, optimizer.param_groups)
     set_seed(seed, device_specific=True)
     alike = set(learnt) == {"vla"}  # of conversations, one process may draw an image and another none

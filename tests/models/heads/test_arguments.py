@@ -23,18 +23,18 @@ FLOW = {
     "repeated_diffusion_steps": 8, "num_inference_timesteps": 4, "num_vl_layers": 0, "num_vl_heads": None,
     "max_positions": None, "mlp_size": None, "output_size": None, "compile": False, "interleave_self_attention": True,
     "mask_padding": True, "mask_vl_padding": True, "attend_text_every_n_blocks": None, "vl_dropout": None,
-    "state_dropout": 0.0, "time_sampling": "n15",
+    "state_dropout": 0.0, "time_sampling": "n15", "rtc_max_delay": 0,
 }  # fmt: skip
 LAYERWISE = {
     "hidden_size": None, "num_layers": None, "num_heads": None, "interleave_self_attention": True,
     "output_layer": False, "num_future_tokens": None, "state_token": True, "dropout": 0.2,
     "repeated_diffusion_steps": 2, "num_inference_timesteps": 4, "max_positions": None, "mlp_size": 1024,
-    "compile": False,
+    "compile": False, "rtc_max_delay": 0,
 }  # fmt: skip
 DEFAULTS = {
     "ActionExpert": {
         "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 8, "adaptive_norm": False,
-        "num_inference_timesteps": 10, "repeated_diffusion_steps": 1,
+        "num_inference_timesteps": 10, "repeated_diffusion_steps": 1, "rtc_max_delay": 0,
     },
     "Bins": {"num_bins": 256, "first_token_id": None, "skip": 0, "descending": True},
     "Diffusion": {
@@ -77,7 +77,7 @@ OTHER_FLOW = {
     "repeated_diffusion_steps": 3, "num_inference_timesteps": 7, "num_vl_layers": 2, "num_vl_heads": 3,
     "max_positions": 9, "mlp_size": 20, "output_size": 12, "compile": True,
     "mask_padding": False, "mask_vl_padding": False, "attend_text_every_n_blocks": 1, "vl_dropout": 0.05,
-    "state_dropout": 0.25, "time_sampling": "n17",
+    "state_dropout": 0.25, "time_sampling": "n17", "rtc_max_delay": 2,
 }  # fmt: skip
 SMALL = {
     "ActionExpert": {"hidden_size": 16, "intermediate_size": 20, "num_heads": 4},
@@ -92,7 +92,7 @@ SMALL = {
 OTHER = {
     "ActionExpert": {
         "hidden_size": 24, "intermediate_size": 28, "num_heads": 2, "adaptive_norm": True,
-        "num_inference_timesteps": 3, "repeated_diffusion_steps": 2,
+        "num_inference_timesteps": 3, "repeated_diffusion_steps": 2, "rtc_max_delay": 2,
     },
     "Bins": {"num_bins": 16, "first_token_id": 5, "skip": 3, "descending": False},
     "Diffusion": {
@@ -109,7 +109,7 @@ OTHER = {
     "LayerwiseFlowMatching": {
         "hidden_size": 32, "num_layers": 2, "num_heads": 4, "interleave_self_attention": False, "output_layer": True,
         "num_future_tokens": 5, "state_token": False, "dropout": 0.35, "repeated_diffusion_steps": 5,
-        "num_inference_timesteps": 7, "max_positions": 9, "mlp_size": 20, "compile": True,
+        "num_inference_timesteps": 7, "max_positions": 9, "mlp_size": 20, "compile": True, "rtc_max_delay": 2,
     },
     "MLP": {"num_queries": 2, "hidden_size": 10, "num_layers": 3, "num_residual_blocks": 1},
     "Transformer": {"hidden_size": 24, "num_layers": 3, "num_heads": 4, "dropout": 0.35, "loss": "l1"},

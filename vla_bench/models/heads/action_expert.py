@@ -37,9 +37,9 @@ from ...registry import HEADS
 
 # %% ../../../nbs/models/heads/90_action_expert.ipynb #8f25fbf0
 def time_embedding(
-    time: Tensor,  # [B]
+    time: Tensor,  # [B], or [B, T]
     width: int,  # even
-) -> Tensor:  # [B, width] float32, sines then cosines
+) -> Tensor:  # [..., width] float32, sines then cosines
     """Sines and cosines of 2πt/period for periods from 0.004 to 4 (openpi)."""
     fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=time.device)
     return torch.cat(sinusoidal_embedding(time, 2 * math.pi / (0.004 * 1000.0**fraction)), dim=-1)
@@ -82,8 +82,11 @@ class ActionExpertHead(ActionHead):
         adaptive_norm: bool = False,  # π0.5: time through the norms, and no state token
         num_inference_timesteps: int = 10,  # Euler steps, N
         repeated_diffusion_steps: int = 1,  # draws of noise and time per sample and step, R
+        rtc_max_delay: int = 0,  # actions that may be decided already when a chunk is predicted, at most; 0: none
     ):
         super().__init__(sizes)
+        flow.check_delay(rtc_max_delay, sizes.horizon)
+        self.rtc_max_delay = rtc_max_delay
         self.steps, self.repeats = num_inference_timesteps, repeated_diffusion_steps
         at_least_one(num_inference_timesteps=self.steps, repeated_diffusion_steps=self.repeats)
         check_expert_sizes(sizes.backbone, hidden_size, num_heads)
@@ -127,7 +130,7 @@ def run(
     tokens: Tensor,  # [B, N, W]
     starts: Tensor,  # bool [N], true where a block begins, see `block_mask`
     prefix: PrefixCache,
-    condition: Tensor | None = None,  # [B, W] of adaptive norms
+    condition: Tensor | None = None,  # [B, W] of adaptive norms, or [B, N, W]
     maps: bool = False,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], list[Tensor]]:
     """Hidden states [B, N, W], own keys and values per layer, and weights [B, heads, N, M+N] when asked for."""
@@ -149,14 +152,17 @@ def run(
 def embed_actions(
     self: ActionExpertHead,
     noisy: Tensor,  # [B, T, D], x_t
-    time: Tensor,  # [B]
-) -> tuple[Tensor, Tensor | None]:  # tokens [B, T, W] and, with adaptive norms, their condition [B, W]
+    time: Tensor,  # [B], or [B, T]
+) -> tuple[
+    Tensor, Tensor | None
+]:  # tokens [B, T, W] and, with adaptive norms, their condition [B, W] or [B, T, W]
     """Action tokens, and time in or beside them."""
     actions = self.action_in_proj(noisy)
     embedded = time_embedding(time, actions.shape[-1]).to(actions.dtype)
     if self.adaptive_norm:
         return actions, F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedded))))
-    both = torch.cat([actions, embedded[:, None].expand_as(actions)], dim=-1)
+    embedded = embedded if time.ndim == 2 else embedded[:, None]
+    both = torch.cat([actions, embedded.expand_as(actions)], dim=-1)
     return self.action_time_mlp_out(F.silu(self.action_time_mlp_in(both))), None
 
 # %% ../../../nbs/models/heads/90_action_expert.ipynb #18c14fe7
@@ -174,7 +180,7 @@ def state_token(
 def velocity(
     self: ActionExpertHead,
     noisy: Tensor,  # [B, T, D], x_t
-    time: Tensor,  # [B], 1 is noise
+    time: Tensor,  # [B], 1 is noise; or [B, T], one for each action
     prefix: PrefixCache,
     before: Tensor | None = None,  # [B, K, W], tokens in front of the actions that the prefix does not hold
     maps: bool = False,
@@ -196,15 +202,18 @@ def loss(
 ) -> dict[str, Tensor]:
     """`action_loss`: the squared error of the velocity over actions that are not padding.
 
-    `noise` is [R·B, T, D], x_1; repeats lie behind each other. `time` is [R·B], 1 is noise.
+    `noise` is [R·B, T, D], x_1; repeats lie behind each other. `time` is [R·B], 1 is noise; or [R·B, T] and 0 in a clean
+    prefix.
     """
     self.check_actions(actions, is_pad)
     r, state = self.repeats, features.state
     prefix, actions = self.prefix_cache(features).repeated(r), actions.float().repeat(r, 1, 1)
-    noise, time = flow.noise_and_time(actions, noise, time, flow.sample_time_pi0, r)
+    is_pad, delay = is_pad.repeat(r, 1), self.rtc_max_delay
+    noise, time = flow.noise_and_time(actions, noise, time, flow.sample_time_pi0, r, delay)
+    time, is_pad = flow.clean_prefix(time, is_pad, delay, clean=0.0)
     token = self.state_token(None if state is None else state.repeat(r, 1), len(actions))
     error = flow.flow_loss(lambda x, t: self.velocity(x, t, prefix, token)[0], actions, noise, time)
-    return {"action_loss": self.mean(error, is_pad.repeat(r, 1), features.action_mask)}
+    return {"action_loss": self.mean(error, is_pad, features.action_mask)}
 
 # %% ../../../nbs/models/heads/90_action_expert.ipynb #54738911
 @patch
@@ -249,12 +258,19 @@ def denoise(
 
 
 @patch
-def sample(self: ActionExpertHead, features: Features, noise: Tensor | None = None) -> Tensor:
+def sample(
+    self: ActionExpertHead, features: Features, noise: Tensor | None = None, prefix: Tensor | None = None
+) -> Tensor:
     """Normalised actions [B, T, D] after N Euler steps from noise.
 
-    `noise` is [B, T, D], x_1.
+    `noise` is [B, T, D], x_1. `prefix` is [B, d, D], actions that are decided already, d at most `rtc_max_delay`.
     """
-    return self.denoise(features, noise)[0]
+    decided = None if prefix is None else flow.check_prefix(self, prefix, len(features.mask))
+    if decided is None or not decided.shape[1]:
+        return self.denoise(features, noise)[0]
+    x, known = flow.initial_noise(self, noise, len(decided), decided.device), self.encode_context(features)
+    velocity, times = lambda x, t: self.velocity(x, t, known)[0], summed_times(self.steps)
+    return flow.euler_behind(decided, velocity, x, features.action_mask, times)
 
 # %% ../../../nbs/models/heads/90_action_expert.ipynb #dca956ef
 @patch

@@ -7,7 +7,7 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/flow.html.md"""
 # %% auto #0
 __all__ = ['TIME_SCALE', 'TIME_BUCKETS', 'flow_loss', 'sample_beta', 'sample_time_gr00t', 'sample_time_n17', 'sample_time_pi0',
            'time_bucket', 'noise_and_time', 'initial_noise', 'euler_times', 'euler', 'hold_absent', 'note_attention',
-           'run_compiled']
+           'check_delay', 'clean_prefix', 'check_prefix', 'euler_behind', 'run_compiled']
 
 # %% ../../../nbs/models/heads/35_flow.ipynb #flow0002
 from collections.abc import Callable, Sequence
@@ -24,10 +24,10 @@ def flow_loss(
     velocity: Callable[[Tensor, Tensor], Tensor],  # x_t [B, T, D] and t [B] to v [B, T, D]
     start: Tensor,  # [B, T, D], what is at t = 0: GR00T's noise, π0's actions
     end: Tensor,  # [B, T, D], what is at t = 1: GR00T's actions, π0's noise
-    time: Tensor,  # [B], in [0, 1]
+    time: Tensor,  # [B], in [0, 1]; or [B, T], one for each action
 ) -> Tensor:  # [B, T, D], for `ActionHead.mean`
     """The squared error of a velocity on the straight line from start to end (Lipman et al. 2022)."""
-    t = time[:, None, None]
+    t = time[:, None, None] if time.ndim == 1 else time[..., None]
     predicted = velocity((1 - t) * start + t * end, time)
     return (predicted - (end - start)) ** 2
 
@@ -79,13 +79,16 @@ def noise_and_time(
     time: Tensor | None,
     sample_time: Callable[[int, torch.device], Tensor],
     repeats: int,  # R, for the message
-) -> tuple[Tensor, Tensor]:  # [R·B, T, D] standard normal, and [R·B]
+    max_delay: int = 0,  # of a head that may be given a time for each action
+) -> tuple[Tensor, Tensor]:  # [R·B, T, D] standard normal, and [R·B]; or [R·B, T] where it was given so
     """What was given, or a draw. Raises `ValueError` for another shape."""
     why = f": repeated_diffusion_steps={repeats} draws per sample"
     noise = torch.randn_like(actions) if noise is None else check_shape("noise", noise, actions.shape, why)
     count, device = len(actions), actions.device
-    time = sample_time(count, device) if time is None else check_shape("time", time, (count,), why)
-    return noise, time
+    if time is None:
+        return noise, sample_time(count, device)
+    each = max_delay and time.ndim == 2
+    return noise, check_shape("time", time, actions.shape[:2] if each else (count,), why)
 
 # %% ../../../nbs/models/heads/35_flow.ipynb #flow0035
 def initial_noise(
@@ -148,6 +151,66 @@ def note_attention(
         return predicted
 
     return noted
+
+# %% ../../../nbs/models/heads/35_flow.ipynb #rtcf0002
+def check_delay(max_delay: int, horizon: int) -> None:
+    """Raises `ValueError` for a `rtc_max_delay` that leaves no action to predict."""
+    if not isinstance(max_delay, int) or isinstance(max_delay, bool) or not 0 <= max_delay < horizon:
+        raise ValueError(
+            f"rtc_max_delay={max_delay!r} must be a whole number from 0 to {horizon - 1}, one action less than a chunk"
+        )
+
+
+def clean_prefix(
+    time: Tensor,  # [B], drawn; or [B, T], where the prefix is clean already
+    is_pad: Tensor,  # bool [B, T]
+    max_delay: int,  # D
+    clean: float,  # the time of clean actions: 1 for GR00T, 0 for π0
+) -> tuple[Tensor, Tensor]:  # time as it was or [B, T], and bool [B, T]: which actions do not count
+    """Gives the first actions of each sample as they are, as many as its delay."""
+    if not max_delay:
+        return time, is_pad
+    if time.ndim == 2:
+        return time, is_pad | (time == clean)
+    delay = torch.randint(max_delay + 1, (len(time),), device=time.device)
+    delay = torch.minimum(delay, ((~is_pad).sum(1) - 1).clamp(min=0))
+    prefix = torch.arange(is_pad.shape[1], device=time.device) < delay[:, None]
+    return torch.where(prefix, clean, time[:, None]), is_pad | prefix
+
+# %% ../../../nbs/models/heads/35_flow.ipynb #rtcf0006
+def check_prefix(
+    head: ActionHead,  # with `rtc_max_delay`
+    prefix: Tensor,  # [B, d, D], normalised
+    batch: int,  # B
+) -> Tensor:  # the prefix, float32
+    """The decided actions. Raises `ValueError` for more of them than the head was trained with, or another shape."""
+    delay = prefix.shape[1] if prefix.ndim == 3 else 0
+    check_shape("prefix", prefix, (batch, delay, head.action_dim))
+    if delay > head.rtc_max_delay:
+        raise ValueError(
+            f"prefix holds {delay} actions, but {type(head).__name__} was trained with delays up to "
+            f"rtc_max_delay={head.rtc_max_delay}"
+        )
+    return prefix.float()
+
+
+def euler_behind(
+    prefix: Tensor,  # [B, d, D], from `check_prefix`
+    velocity: Callable[[Tensor, Tensor], Tensor],  # x [B, T, D] and t [B, T] to v [B, T, D]
+    x: Tensor,  # [B, T, D], noise
+    mask: Tensor | None,  # as in `hold_absent`
+    times: Sequence[float],  # as `euler` takes them
+) -> Tensor:  # [B, T, D], which begins with the prefix
+    """Follows a velocity in Euler steps while the first actions stand still."""
+    count, delay = x.shape[1], prefix.shape[1]
+    is_prefix = torch.arange(count, device=x.device) < delay
+    decided = lambda x: torch.cat([prefix, x[:, delay:]], dim=1)
+
+    def conditioned(x: Tensor, t: float) -> Tensor:
+        time = torch.where(is_prefix, times[-1], torch.full(x.shape[:2], t, device=x.device))
+        return velocity(decided(x), time)
+
+    return decided(euler(hold_absent(conditioned, x, mask, times), x, times))
 
 # %% ../../../nbs/models/heads/35_flow.ipynb #c7557a76
 @cache

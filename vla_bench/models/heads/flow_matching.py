@@ -22,7 +22,11 @@ from torch import Tensor, nn
 
 from ..features import Features
 from vla_bench.models.heads.flow import (
+    check_delay,
+    check_prefix,
+    clean_prefix,
     euler,
+    euler_behind,
     euler_times,
     flow_loss,
     hold_absent,
@@ -82,6 +86,7 @@ class DiTFlowHead(ActionHead):
     masks_actions = True
     sample_time = staticmethod(sample_time_gr00t)  # training times, 0 is noise
     state_dropout = 0.0  # how often the state is withheld in training
+    rtc_max_delay = 0  # how many first actions may be decided already: see `clean_prefix`
 
     def __init__(
         self,
@@ -164,12 +169,13 @@ def timestep_embedding(self: DiTFlowHead, bucket: Tensor) -> Tensor:  # [...] ->
 def action_tokens(
     self: DiTFlowHead,
     noisy: Tensor,  # [R·B, T, D], x_t
-    timestep: Tensor,  # [R·B or 1, W], from `timestep_embedding`
+    timestep: Tensor,  # [R·B or 1, W], from `timestep_embedding`; or [R·B, T, W]
     encoded: Features,  # B rows
 ) -> Tensor:  # [R·B, T, W]
     """Each noisy action embedded together with the time, at its position in the chunk."""
     embedded = apply_layer(self.action_in, noisy, encoded.embodiment)
-    timestep = timestep.to(embedded.dtype)[:, None].expand_as(embedded)
+    timestep = timestep if timestep.ndim == 3 else timestep[:, None]
+    timestep = timestep.to(embedded.dtype).expand_as(embedded)
     tokens = self.action_time(torch.cat([embedded, timestep], dim=-1), encoded.embodiment)
     return tokens + self.positions[: self.horizon]
 
@@ -184,7 +190,7 @@ def decode_velocity(self: DiTFlowHead, out: Tensor, encoded: Features) -> Tensor
 def velocity(
     self: DiTFlowHead,
     noisy: Tensor,  # [R·B, T, D], x_t
-    time: Tensor,  # [R·B], in [0, 1]
+    time: Tensor,  # [R·B], in [0, 1]; or [R·B, T], one for each action
     encoded: Features,  # from `encode_context`, B rows
     maps: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:  # [R·B, T, D] float32; per block that looks, [R·B, heads, T, L]
@@ -192,6 +198,9 @@ def velocity(
     bucket, draws = time_bucket(time), len(noisy) // len(encoded.hidden)
     actions = self.action_tokens(noisy, self.timestep_embedding(bucket), encoded)
     tokens = torch.cat([self.observation_tokens(encoded).repeat(draws, 1, 1), actions], dim=1)
+    if bucket.ndim == 2:  # the other tokens have the time of the last action, which is never decided already
+        others = tokens.shape[1] - actions.shape[1]
+        bucket = torch.cat([bucket[:, -1:].expand(-1, others), bucket], dim=1)
     out, weights = self.dit(tokens, bucket, self.contexts(encoded), self.masks(encoded), maps)
     velocity = self.decode_velocity(out[:, -self.horizon :], encoded)
     return velocity, [w[:, :, -self.horizon :] for w in weights]
@@ -203,11 +212,12 @@ def loss(
 ) -> dict[str, Tensor]:
     """`action_loss`: the squared error of the velocity over actions that are not padding.
 
-    `noise` is [R·B, T, D], x_0; draws lie behind each other. `time` is [R·B].
+    `noise` is [R·B, T, D], x_0; draws lie behind each other. `time` is [R·B], or [R·B, T] and 1 in a clean prefix.
     """
     self.check_actions(actions, is_pad)
     actions, is_pad = actions.float().repeat(self.repeats, 1, 1), is_pad.repeat(self.repeats, 1)
-    noise, time = noise_and_time(actions, noise, time, self.sample_time, self.repeats)
+    noise, time = noise_and_time(actions, noise, time, self.sample_time, self.repeats, self.rtc_max_delay)
+    time, is_pad = clean_prefix(time, is_pad, self.rtc_max_delay, clean=1.0)
     encoded = self.encode_context(features)
     error = flow_loss(lambda x, t: self.velocity(x, t, encoded)[0], noise, actions, time)
     return {"action_loss": self.mean(error, is_pad, features.action_mask)}
@@ -231,13 +241,19 @@ def denoise(self: DiTFlowHead, x: Tensor, encoded: Features) -> Tensor:
 
 # %% ../../../nbs/models/heads/40_flow_matching.ipynb #flma0036
 @patch
-def sample(self: DiTFlowHead, features: Features, noise: Tensor | None = None) -> Tensor:
+def sample(
+    self: DiTFlowHead, features: Features, noise: Tensor | None = None, prefix: Tensor | None = None
+) -> Tensor:
     """Normalised actions [B, T, D] after K Euler steps from noise.
 
-    `noise` is [B, T, D], x_0.
+    `noise` is [B, T, D], x_0. `prefix` is [B, d, D], actions that are decided already, d at most `rtc_max_delay`.
     """
     x = initial_noise(self, noise, len(features.hidden), features.hidden.device)
     encoded = self.encode_context(features)
+    decided = None if prefix is None else check_prefix(self, prefix, len(x))
+    if decided is not None and decided.shape[1]:
+        velocity = lambda x, t: self.velocity(x, t, encoded)[0]
+        return euler_behind(decided, velocity, x, encoded.action_mask, euler_times(self.steps))
     return run_compiled(self, x, encoded) if self.compiles else self.denoise(x, encoded)
 
 # %% ../../../nbs/models/heads/40_flow_matching.ipynb #flma0033
@@ -336,7 +352,9 @@ class FlowMatchingHead(DiTFlowHead):
         vl_dropout: float | None = None,  # of the num_vl_layers; None is dropout
         state_dropout: float = 0.0,  # how often the state is withheld in training
         time_sampling: str = "n15",  # training times of GR00T N1.5, or of "n17"
+        rtc_max_delay: int = 0,  # actions that may be decided already when a chunk is predicted, at most; 0: none
     ):
+        check_delay(rtc_max_delay, sizes.horizon)
         check_sizes(hidden_size, num_heads, {"num_layers": num_layers})
         check_turns(attend_text_every_n_blocks, interleave_self_attention, state_dropout)
         if not interleave_self_attention and (sizes.state_dim or num_future_tokens):
@@ -364,7 +382,7 @@ class FlowMatchingHead(DiTFlowHead):
             attend_text_every_n_blocks,
             attend_text_every_n_blocks is not None,
         )
-        self.state_dropout = state_dropout
+        self.state_dropout, self.rtc_max_delay = state_dropout, rtc_max_delay
         self.sample_time = TIME_SAMPLINGS[check_choice("time_sampling", time_sampling, TIME_SAMPLINGS)]
 
     def encode_context(self, features: Features) -> Features:

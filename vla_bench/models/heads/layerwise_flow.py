@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..features import BackboneSizes, Features
+from .flow import check_delay
 from .flow_matching import DiTFlowHead
 from .head import HeadSizes, at_least_one, check_sizes
 from ..layers.dit import DiT
@@ -104,7 +105,9 @@ class LayerwiseFlowMatchingHead(DiTFlowHead):
         max_positions: int | None = None,  # rows of the table of positions; None is the horizon
         mlp_size: int = 1024,  # inner width of state encoder and action decoder
         compile: bool = False,  # compile the sampler, on a GPU into a CUDA graph
+        rtc_max_delay: int = 0,  # actions that may be decided already when a chunk is predicted, at most; 0: none
     ):
+        check_delay(rtc_max_delay, sizes.horizon)
         width, depth = hidden_size or sizes.hidden_size, layerwise_depth(num_layers, sizes.backbone)
         heads, mixes = num_heads or max(1, width // 64), interleave_self_attention and depth > 1
         check_sizes(width, heads)
@@ -124,7 +127,7 @@ class LayerwiseFlowMatchingHead(DiTFlowHead):
             mlp_size=mlp_size,
             compile=compile,
         )
-        self.backbone = sizes.backbone
+        self.backbone, self.rtc_max_delay = sizes.backbone, rtc_max_delay
         self.project = layer_projections(self.dit.crosses, sizes.hidden_size, width)
 
     def encode_context(self, features: Features) -> Features:

@@ -45,7 +45,7 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, bucket: Tensor) -> Tensor:  # [B] -> [B, W]
+    def forward(self, bucket: Tensor) -> Tensor:  # [...] -> [..., W]
         """Embeds buckets 0..999."""
         sines, cosines = sinusoidal_embedding(bucket, geometric_frequencies(128, 127, bucket.device))
         return self.layers(torch.cat([cosines, sines], dim=-1))
@@ -53,12 +53,14 @@ class TimeEmbedding(nn.Module):
 # %% ../../../nbs/models/layers/20_dit.ipynb #59e76541
 def adaptive_layer_norm(
     x: Tensor,  # [B, N, W]
-    scale: Tensor,  # [B or 1, W]
-    shift: Tensor,  # [B or 1, W]
+    scale: Tensor,  # [B or 1, W], or [B, N, W] with a time for each token
+    shift: Tensor,  # as scale
     eps: float,
 ) -> Tensor:
     """LN(x) (1 + scale) + shift, the norm that time speaks through."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
+    if scale.ndim == 2:
+        scale, shift = scale[:, None], shift[:, None]
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
 def feed_forward(width: int, dropout: float) -> nn.Sequential:
@@ -89,7 +91,7 @@ class DiTBlock(nn.Module):
 def run(
     self: DiTBlock,
     x: Tensor,  # [R·B, N, W]
-    modulation: Tensor,  # [R·B or 1, 2W], scale and shift
+    modulation: Tensor,  # [R·B or 1, 2W], scale and shift; or [R·B, N, 2W]
     keys_values: tuple[Tensor, Tensor] | None,  # None: of x itself
     mask: Tensor | None,  # bool [B, L], with keys_values
     maps: bool = False,
@@ -144,7 +146,7 @@ class DiT(nn.Module):
 def output_layer(
     self: DiT,
     x: Tensor,  # [R·B, N, W]
-    time: Tensor,  # [R·B or 1, W], embedded
+    time: Tensor,  # [R·B or 1, W], embedded; or [R·B, N, W]
 ) -> Tensor:  # [R·B, N, output]
     """An adaptive norm and a linear layer; x itself where there is none."""
     if self.out is None:
@@ -157,7 +159,7 @@ def output_layer(
 def forward(
     self: DiT,
     x: Tensor,  # [R·B, N, W]
-    bucket: Tensor,  # [R·B], discretised time
+    bucket: Tensor,  # [R·B], discretised time; or [R·B, N], one for each token
     context: Tensor | Sequence[Tensor],  # [B, L, H], or one of them per block
     mask: Tensor | Sequence[Tensor] | None,  # bool [B, L], or one of them per block; None: all may be seen
     maps: bool = False,

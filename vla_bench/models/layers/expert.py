@@ -78,8 +78,10 @@ class AdaptiveRMSNorm(nn.Module):
         nn.init.zeros_(self.dense.bias)
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, N, W] under a condition [B, W] to the normalised [B, N, W] and the gate [B, 1, W]."""
-        scale, shift, gate = self.dense(condition)[:, None].chunk(3, dim=-1)
+        """[B, N, W] under a condition [B, W] or [B, N, W] to the normalised [B, N, W] and the gate [B, 1 or N, W]."""
+        modulation = self.dense(condition)
+        modulation = modulation if condition.ndim == 3 else modulation[:, None]
+        scale, shift, gate = modulation.chunk(3, dim=-1)
         return (rms_normalize(x) * (1 + scale.float()) + shift.float()).to(x.dtype), gate
 
 # %% ../../../nbs/models/layers/40_expert.ipynb #0334372c
@@ -187,7 +189,7 @@ class ExpertLayer(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, N, W]
-        condition: Tensor | None,  # [B, W] of adaptive norms
+        condition: Tensor | None,  # [B, W] of adaptive norms, or [B, N, W]
         past: tuple[Tensor, Tensor],
         allowed: Tensor,
         rope: tuple[Tensor, Tensor],
