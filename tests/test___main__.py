@@ -67,6 +67,11 @@ MISTAKES = {
         "wrong": ([TRAIN, "-p", "confg", "a.yaml"], "did you mean 'config'"),
         "no file": (["nowhere.ipynb"], "no notebook at nowhere.ipynb"),
     },
+    "vlm": {
+        "missing": ([], "--config_yaml"),
+        "wrong": (["--config_yaml", str(RUN)], "datasets.vla_data: this program learns from language alone"),
+        "no file": (["--config_yaml", "nowhere.yaml"], "nowhere.yaml"),
+    },
     "evaluate": {
         "missing": ([], "--run"),
         "wrong": (["--run", str(RUN), "evaluation.episods=3"], "did you mean 'evaluation.episodes'"),
@@ -249,7 +254,9 @@ PACKAGE = Path(__file__).parents[1] / "vla_bench"
 FILES = [
     "training/imitation",
     "training/cotrain",
+    "training/adapters",
     "training/submit",
+    "training/vlm",
     "evaluation/program",
     "evaluation/report",
     "serving/policy",

@@ -45,6 +45,7 @@ from vla_bench.files import (
     write_manifest,
     write_whole_folder,
 )
+from ..models.frameworks.alone import ALONE, without_policy
 from ..models.frameworks.framework import Framework
 
 # %% ../../nbs/training/10_checkpoint.ipynb #9c36d4a5
@@ -67,7 +68,7 @@ def find_checkpoint(
 ) -> Path:
     """The checkpoint that is meant. Raises `FileNotFoundError` naming those that exist."""
     folder = Path(folder)
-    if (folder / "policy.json").is_file():
+    if any((folder / name).is_file() for name in ("policy.json", ALONE)):
         return folder
     known = {p.name: p for p in list_checkpoints(folder)}
     if not known:
@@ -219,7 +220,7 @@ def save_checkpoint(
     step: int,  # optimizer steps seen
     *,
     framework: Framework,
-    spec: PolicySpec,
+    spec: PolicySpec | None,  # None for a backbone that learned from language alone
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     rng: Sequence[Mapping],  # `rng_state()` of every process
@@ -237,7 +238,8 @@ def save_checkpoint(
         framework.save_pretrained(folder)
         if weights is not None:
             save_file({k: v.clone() for k, v in weights.items()}, folder / "model.safetensors")
-        write_json(folder / "policy.json", spec_to_dict(spec))
+        if spec is not None:
+            write_json(folder / "policy.json", spec_to_dict(spec))
         states = {"optimizer": optimizer, "scheduler": scheduler, "rng": rng, "progress": progress}
         save_trainer(folder, **states, raw=raw)
         write_manifest(folder)
@@ -277,15 +279,21 @@ def check_checkpoint(
     verify: bool = False,  # every byte
 ) -> None:
     """Raises `ValueError` or `FileNotFoundError`, in one line that names the file, for a checkpoint that is not whole."""
-    needed = ["model.safetensors", "framework.json", "policy.json"]
+    alone = (checkpoint / ALONE).is_file()
+    if alone and not resume:
+        raise without_policy(checkpoint)
+    needed = ["model.safetensors", *([ALONE] if alone else ["framework.json", "policy.json"])]
     needed += ["trainer/optimizer.pt", "trainer/rng.json", "trainer/progress.json"] if resume else []
     check_manifest(checkpoint, verify=verify or resume, without=None if resume else "trainer")
     if resume and not (checkpoint / "trainer").exists():
         load_progress(checkpoint)  # says that it can be served
     if missing := [name for name in needed if not (checkpoint / name).is_file()]:
         raise FileNotFoundError(f"{checkpoint / missing[0]} is missing: the checkpoint is not whole")
-    read_spec(checkpoint)
-    read_json(checkpoint / "framework.json")
+    if alone:
+        read_json(checkpoint / ALONE)
+    else:
+        read_spec(checkpoint)
+        read_json(checkpoint / "framework.json")
     if resume:
         load_progress(checkpoint)
         load_rng(checkpoint)

@@ -145,7 +145,7 @@ def open_sections(cfg: Config) -> list[Section]:
         found.append(Section(name, settings, open_conversations(settings, name=name), held_out))
     if not found:
         raise ConfigError(
-            "datasets.vlm_data is missing: co-training learns from conversations too; python -m "
+            "datasets.vlm_data is missing: this program learns from conversations; python -m "
             "vla_bench.training.imitation learns from robots alone"
         )
     return found

@@ -46,13 +46,12 @@ def samples_per_step(
     path: Path,  # where it was read
 ) -> dict[str, int]:  # source to global batch
     """How many samples of each source a step had. Raises `ValueError` that names the file and what it lacks."""
-    check_fields(
-        saved, {"step": int, "position": int, "processes": int, "samples_per_step?": dict}, str(path)
-    )
+    check_fields(saved, {"step": int, "processes": int, "samples_per_step?": dict}, str(path))
     if "samples_per_step" in saved:
         told = saved["samples_per_step"]
         check_fields(told, dict.fromkeys(told, int), f"{path}: in 'samples_per_step'")
         return told
+    check_fields(saved, {"position": int}, str(path))  # of the robots, as there were always some
     with naming(path):
         trainer = ((saved.get("config") or {}).get("trainer")) or {}
         robots = saved["position"] // saved["step"]

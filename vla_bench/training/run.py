@@ -7,8 +7,9 @@ Docs: https://vla-bench.github.io/vla_bench/training/run.html.md"""
 # %% auto #0
 __all__ = ['COUNTS', 'FREE_KEYS', 'PLACES', 'FALLS_BACK', 'TrainerSettings', 'RunSettings', 'check_processes', 'make_accelerator',
            'differences', 'check_continuation', 'find_resume', 'check_dtype', 'inside', 'check_ranges', 'in_own_memory',
-           'load_framework', 'identity', 'Run', 'progress', 'compare_progress', 'check_data', 'follow_end', 'restore',
-           'save_policies', 'start_folder', 'make_optimizer', 'average_of', 'set_up', 'save', 'finish']
+           'load_alone', 'load_framework', 'identity', 'Run', 'progress', 'robots_progress', 'compare_progress',
+           'check_data', 'follow_end', 'restore', 'save_policies', 'start_folder', 'make_optimizer', 'average_of',
+           'read_robots', 'robots_of', 'set_up', 'save', 'finish']
 
 # %% ../../nbs/training/25_run.ipynb #grun0002
 import os
@@ -41,6 +42,8 @@ from vla_bench.files import (
     write_json,
     writing,
 )
+from ..models.frameworks.alone import BackboneAlone, build_alone
+from ..models.frameworks.adapters import add_adapters, check_adapters
 from ..models.frameworks.build import build_framework
 from ..models.frameworks.framework import Framework
 from ..settings import get_setting
@@ -116,6 +119,7 @@ class TrainerSettings:
     gradient_clipping: float = 1.0  # largest norm of the gradient
     ema_decay: float | None = None  # of an average of the weights, which is measured and served: see `EMA`
     ema_warmup: bool = False  # whether the average forgets the first steps sooner
+    peft: Any = None  # adapters in the backbone, such as {type: LORA, r: 8}: see `add_adapters`
     mixed_precision: str = "no"  # or "bf16": autocast; weights and moments stay float32
     num_workers: int = 1  # processes that decode and prepare, per training process
     log_interval: int = 10  # steps, as are the next two
@@ -179,6 +183,7 @@ def _check_optimizer(settings: "TrainerSettings") -> None:
     require(warmup < steps, "trainer.warmup_steps", less, warmup)
     check_optimizer(settings.optimizer, settings.optimizer_args, betas)
     check_ema(settings.ema_decay, settings.ema_warmup)
+    check_adapters(settings.peft)
     if settings.decay_steps is not None:
         require_whole("trainer.decay_steps", settings.decay_steps, least=1)
     for key in ("keep_last", "keep_every"):
@@ -426,12 +431,24 @@ def in_own_memory(framework: Framework) -> Framework:
     return framework
 
 # %% ../../nbs/training/25_run.ipynb #54d03d30
+def load_alone(section: dict, checkpoint: Path | None) -> BackboneAlone:
+    """The backbone without a head, of a run that learns from language alone."""
+    if not checkpoint:
+        return build_alone(section)
+    with naming(checkpoint):
+        found = BackboneAlone.from_pretrained(checkpoint)
+    check_finite(found, checkpoint / "model.safetensors")
+    return found
+
+
 def load_framework(
     section: dict,  # `framework` of the configuration
-    data: Data,
+    data: Data | None,  # None without robots
     checkpoint: Path | None,  # to continue from
-) -> Framework:
+) -> Framework | BackboneAlone:
     """The framework in float32. Raises `ConfigError` when it does not fit the data's horizon or normalisation."""
+    if data is None:
+        return in_own_memory(load_alone(section, checkpoint).float())
     if checkpoint:
         with naming(checkpoint):
             framework = Framework.from_pretrained(checkpoint)
@@ -449,8 +466,10 @@ def load_framework(
     return in_own_memory(framework.float())
 
 # %% ../../nbs/training/25_run.ipynb #d1aa92db
-def identity(data: Data, verify: bool) -> dict[str, dict[str, Any]]:
+def identity(data: Data | None, verify: bool) -> dict[str, dict[str, Any]]:
     """The `data_identity` of a dataset; of a mixture, with the dataset's name before each file's."""
+    if data is None:
+        return {"metadata": {}, "columns": {}, "videos": {}}
     found = {name: data_identity(files, verify=verify) for name, files in data.files().items()}
     if data.mixture is None:
         return next(iter(found.values()))
@@ -467,10 +486,10 @@ class Run:
     folder: Path
     seed: int
     settings: TrainerSettings
-    data: Data
-    spec: PolicySpec
+    data: Data | None  # of robots; None where a run learns from language alone
+    spec: PolicySpec | None
     accelerator: Accelerator
-    framework: Framework  # the bare one
+    framework: Framework | BackboneAlone  # the bare one
     model: torch.nn.Module  # its `Objective` as accelerate wrapped it: distribution, autocast
     optimizer: torch.optim.Optimizer  # as accelerate wrapped it
     scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -526,17 +545,25 @@ def progress(run: Run) -> dict[str, Any]:
     """Where a run stands: goes into each checkpoint."""
     split, sources = run.split(), run.sources.values()
     others = {s.name: {"rows": len(s.view), "batch_size": s.batch_size} for s in sources}
-    others.pop("vla", None)  # which the keys below tell, as they did before there were others
-    return {
+    others.pop("vla", None)  # which the robots' own keys tell, as they did before there were others
+    place = {
         "step": run.step,
-        "position": run.step * split.samples,
         "samples_per_step": {s.name: s.batch_size * split.accumulation * split.processes for s in sources},
         "seed": run.seed,
         "processes": split.processes,
-        "rows": len(run.view),
+    }
+    return {**place, **robots_progress(run), **({"others": others} if others else {})}
+
+
+def robots_progress(run: Run) -> dict[str, Any]:
+    """What of it is about robots; nothing without them."""
+    if run.data is None:
+        return {}
+    return {
+        "position": run.step * run.split().samples,
+        "rows": len(run.data.train),
         "held_out": run.data.held_out_episodes(),
         "statistics_hash": run.spec.statistics_hash,
-        **({"others": others} if others else {}),
     }
 
 # %% ../../nbs/training/25_run.ipynb #resume01
@@ -574,9 +601,10 @@ def check_data(run: Run, checkpoint: Path, saved: Any) -> None:
         check_fields({name: video}, {name: _VIDEO}, where)
     if lines := identity_differences(saved, run.identity):
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-        roots = ", ".join(str(files.root) for files in run.data.files().values())
+        files = run.data.files() if run.data else {}
+        roots = ", ".join(str(each.root) for each in files.values())
         raise ValueError(
-            f"{checkpoint} cannot be continued, it was trained on other data: in {roots} "
+            f"{checkpoint} cannot be continued, it was trained on other data: {f'in {roots} ' if roots else ''}"
             f"{'; '.join(lines[:3])}{more}; restore the data, or start another run with --run_id NAME"
         )
     if touched := touched_videos(saved, run.identity):
@@ -636,7 +664,7 @@ def _made(folder: Path) -> Iterator[None]:
 # %% ../../nbs/training/25_run.ipynb #4d9b214f
 def save_policies(run: Run) -> None:
     """Writes `policies/NAME.json` for each dataset of a mixture; nothing for a single dataset."""
-    if run.data.mixture is None:
+    if run.data is None or run.data.mixture is None:
         return
     (run.folder / "policies").mkdir(exist_ok=True)
     for name, spec in policy_specs(run.data).items():
@@ -665,7 +693,8 @@ def start_folder(run: Run, cfg: Config) -> None:
             tree = cfg.to_dict()
             cfg = load_config({**tree, "trainer": {**tree["trainer"], "resume": True}})
         cfg.save(run.folder / "config.yaml")
-        save_statistics(run.folder / "dataset_statistics.json", run.data.statistics)
+        if run.data is not None:
+            save_statistics(run.folder / "dataset_statistics.json", run.data.statistics)
         save_policies(run)
     _ = run.identity, run.configuration  # as they are now, before the first step
 
@@ -675,6 +704,7 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """The optimizer of what is not frozen, and its schedule. Raises `ConfigError` for a path that names nothing."""
     freeze_modules(framework, settings.freeze_modules)
+    add_adapters(framework, settings.peft)
     groups = parameter_groups(framework, settings.learning_rate, settings.weight_decay)
     optimizer = build_optimizer(groups, settings.optimizer, settings.optimizer_args, settings.betas)
     steps, warmup, ratio = settings.max_train_steps, settings.warmup_steps, settings.min_lr_ratio
@@ -687,24 +717,38 @@ def average_of(run: Run) -> EMA | None:
     stage = run.accelerator.state.deepspeed_plugin.zero_stage if deepspeed else 0
     return make_ema(run.framework, run.settings.ema_decay, run.settings.ema_warmup, stage)
 
+# %% ../../nbs/training/25_run.ipynb #rob00002
+def read_robots(cfg: Config) -> DataSettings:
+    """The section `datasets.vla_data`, checked. Raises `ConfigError`."""
+    require_whole("framework.action_horizon", cfg["framework"]["action_horizon"], least=1)
+    return cfg.section("datasets.vla_data").into(DataSettings)
+
+
+def robots_of(
+    framework: Framework, data: Data, shown: DataSettings, settings: TrainerSettings, seed: int
+) -> Source:
+    """What robots did, as a source."""
+    view = AugmentedView(data.train, seed, shown.shift_pixels, shown.state_noise, data.transforms)
+    return robot_source(framework.prepare, view, settings.per_device_batch_size, data.order(seed))
+
 # %% ../../nbs/training/25_run.ipynb #9c8cbae3
 def set_up(
     cfg: Config,
     read_others: ReadOthers = robots_alone,  # reads what a strategy learns from besides robots
+    robots: bool = True,  # False: from the others alone, without a policy
 ) -> Run:
     """A run at its beginning, or at its newest checkpoint. Raises `ConfigError` before anything is written."""
     cfg.require_sections()
     settings = cfg.section("trainer").into(TrainerSettings)
     open_others = read_others(cfg)
-    require_whole("framework.action_horizon", cfg["framework"]["action_horizon"], least=1)
-    sources = cfg.section("datasets.vla_data").into(DataSettings)
+    shown = read_robots(cfg) if robots else None
     model = cfg.section("framework").to_dict(added=False)
     check_dtype(model)
     account = cfg.get("wandb_project"), cfg.get("wandb_entity")
     top = RunSettings(cfg["run_root_dir"], cfg["run_id"], cfg["seed"] if "seed" in cfg else 0, *account)
     trackers = tracker_names(settings.trackers, top.wandb_project)
     seed, folder = top.seed, Path(top.run_root_dir) / top.run_id
-    data = open_data(sources, cfg["framework"]["action_horizon"], seed)
+    data = open_data(shown, cfg["framework"]["action_horizon"], seed) if shown else None
     cfg.require_read()
     accelerator = make_accelerator(settings)
     if unread := cfg.unread():
@@ -716,17 +760,15 @@ def set_up(
     if settings.pretrained_checkpoint and not checkpoint:
         report = load_pretrained(framework, settings.pretrained_checkpoint, settings.reload_modules)
         accelerator.print(report, file=sys.stderr)
-    view = AugmentedView(data.train, seed, sources.shift_pixels, sources.state_noise, data.transforms)
-    order, size = data.order(seed), settings.per_device_batch_size
-    robots = robot_source(framework.prepare, view, size, order)
-    learnt = weighted([robots, *open_others(framework)], settings.loss_scale or {})
+    taught = [robots_of(framework, data, shown, settings, seed)] if data else []
+    learnt = weighted([*taught, *open_others(framework)], settings.loss_scale or {})
     freeze_untaught(framework, learnt)
     optimizer, scheduler = make_optimizer(framework, settings)
     check_insulation(framework, learnt)
     parts = parts_table(framework, optimizer.param_groups)
     set_seed(seed, device_specific=True)
     wrapped, stepper = accelerator.prepare(Objective(framework, learnt), optimizer)
-    spec = next(iter(policy_specs(data).values()))
+    spec = next(iter(policy_specs(data).values())) if data else None
     run = Run(folder, seed, settings, data, spec, accelerator, framework, wrapped, stepper, scheduler, learnt)
     run.parts, run.ema, run.trackers = parts, average_of(run), trackers
     if checkpoint:
