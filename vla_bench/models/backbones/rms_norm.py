@@ -1,4 +1,4 @@
-"""The norm of Qwen and Llama with its gradient written down, for float32 on a CPU
+"""The norm of Qwen-VL with its gradient written down, for float32 on a CPU
 
 Docs: https://vla-bench.github.io/vla_bench/models/backbones/rms_norm.html.md"""
 
@@ -56,12 +56,9 @@ class FastRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
-RMS_NORMS = (  # of transformers, with one and the same body
-    "LlamaRMSNorm",
-    "Qwen2RMSNorm",
+RMS_NORMS = (  # of Qwen2-VL, 2.5 and 3, with one and the same body
     "Qwen2VLRMSNorm",
     "Qwen2_5_VLRMSNorm",
-    "Qwen3RMSNorm",
     "Qwen3VLTextRMSNorm",
 )
 
