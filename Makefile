@@ -111,6 +111,7 @@ speed: setup $(DATA)/meta/info.json
 	python experiments/speed/video_access.py $(DATA)
 	python experiments/speed/open_dataset.py
 	python experiments/speed/train_step.py
+	python experiments/speed/loop_overhead.py
 	python experiments/speed/flow_sampling.py
 	$(if $(LEROBOT),python experiments/speed/samples.py $(LEROBOT))
 

@@ -25,7 +25,7 @@ from vla_bench.training.loop import (
     read_metrics,
     split_episodes,
 )
-from vla_bench.training.stopping import leave_signals
+from vla_bench.training.worker import start_worker
 
 
 class Rows:
@@ -190,7 +190,7 @@ def test_a_loader_is_made_of_what_it_is_given(monkeypatch):
             [[1], [2]],
             workers,
         )
-        assert given["collate_fn"] is prepare and given["worker_init_fn"] is leave_signals
+        assert given["collate_fn"] is prepare and given["worker_init_fn"] is start_worker
         assert given["prefetch_factor"] == prefetch and given["pin_memory"] == torch.cuda.is_available()
         assert given["generator"].initial_seed() == 0
 

@@ -45,8 +45,10 @@ def check_images(
 
 # %% ../../nbs/data/00_sample.ipynb #272eaeca
 def _check_array(where: str, key: str, value: object, dims: int, dtype: type) -> None:
-    found = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
     if not isinstance(value, np.ndarray) or value.ndim != dims or value.dtype != dtype:
+        found = (
+            f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+        )
         raise ValueError(f"{where}: {key!r} must be a {dtype.__name__} array with {dims} axes, got {found}")
     if not np.isfinite(value).all():
         raise ValueError(f"{where}: {key!r} holds values that are not finite")

@@ -27,7 +27,7 @@ from ..data.streaming import ShardOrder
 from ..data.transforms import NO_TRANSFORMS, ImageTransforms, RandomShift, transform_sample
 from ..files import append_jsonl, is_kind, read_jsonl, write_text
 from .checkpoint import what_stands
-from .stopping import leave_signals
+from .worker import start_worker
 
 # %% ../../nbs/training/20_loop.ipynb #aaa572c1
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def make_loader(
         batch_sampler=batches,
         collate_fn=prepare,
         num_workers=num_workers,
-        worker_init_fn=leave_signals,
+        worker_init_fn=start_worker,
         prefetch_factor=4 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(0),

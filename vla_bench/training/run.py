@@ -70,6 +70,7 @@ from vla_bench.training.checkpoint import (
 from .data import Data, DataSettings, open_data, policy_specs
 from .ema import EMA, averaged, check_ema, load_raw, make_ema
 from .loop import AugmentedView, BatchSampler
+from .memory import keep_freed_memory
 from vla_bench.training.optim import (
     flat_learning_rates,
     freeze_modules,
@@ -263,6 +264,7 @@ def make_accelerator(settings: TrainerSettings) -> Accelerator:
     check_processes(accelerator)
     if accelerator.device.type == "cpu":
         torch.set_num_threads(int(get_setting("launch.threads")))
+        keep_freed_memory()
     return accelerator
 
 # %% ../../nbs/training/25_run.ipynb #30bd6114

@@ -11,6 +11,7 @@ __all__ = ['value_table', 'byte_patches', 'Qwen2VLImageProcessorPil', 'QwenPrepa
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
@@ -115,7 +116,8 @@ class QwenPrepare(VLMPrepare):
     def encode(self, prompts: list[str], images: list[list[Image.Image]]) -> dict[str, Tensor]:
         """The processor's call; images as one flat list."""
         flat = [image for row in images for image in row]
-        options = {"padding": True, "return_tensors": "pt", "return_mm_token_type_ids": False}
-        inputs = dict(self.processor(text=prompts, images=flat or None, **options))
+        options = {"padding": True, "return_tensors": None, "return_mm_token_type_ids": False}
+        found = self.processor(text=prompts, images=flat or None, **options)
+        inputs = {name: torch.as_tensor(value) for name, value in found.items()}
         marks = inputs["input_ids"] == self.processor.image_token_id
         return inputs | {"mm_token_type_ids": marks.to(inputs["input_ids"].dtype)}

@@ -27,6 +27,7 @@ from .image_attention import attend_by_length
 from .patch_embedding import multiply_patches
 from .position_ids import remember_positions
 from .processor import load_processor
+from .rms_norm import shorten_norms
 from vla_bench.models.backbones.tokens import (
     last_state,
     next_positions,
@@ -142,6 +143,7 @@ class VLM(nn.Module):
         multiply_patches(model)
         attend_by_length(model)
         remember_positions(model)
+        shorten_norms(model)
         self.model = model
         self.processor = processor
         self.prepare = self.prepare_class(processor)

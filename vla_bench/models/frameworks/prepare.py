@@ -41,7 +41,8 @@ def render_prompt(
     state: np.ndarray | None = None,  # [S], read by templates with {state}
 ) -> str:
     """The prompt for the backbone."""
-    numbers = "" if state is None else " ".join(map(str, state_bins(state)))
+    read = state is not None and "{state" in template
+    numbers = " ".join(map(str, state_bins(state))) if read else ""
     return template.format(lang=lang, state=numbers)
 
 # %% ../../../nbs/models/frameworks/00_prepare.ipynb #65c7b3ee
