@@ -145,6 +145,18 @@ def test_the_backbone_of_a_policy_is_exported_as_well(config, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_adapters_are_continued_and_merged_on_export(language, tmp_path):
+    folder = train(language("--trainer.peft {type: LORA, r: 2} --trainer.learning_rate 1e-2"))
+    trained = BackboneAlone.from_pretrained(folder)
+    names = {name for name, _ in trained.named_parameters() if "lora" in name}
+    assert names and all(name in trained.state_dict() for name in names)
+    merged = load_vlm(export_backbone(folder, tmp_path / "exported")).eval()
+    inputs = merged.prepare([[Image.new("RGB", (32, 32), "red")]], ["close the box"])
+    with torch.no_grad():
+        ours, theirs = merged(inputs).hidden, trained.vlm(inputs).hidden
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("load", [Policy.from_pretrained, Framework.from_pretrained])
 def test_whoever_serves_it_is_told_how_a_policy_is_made_of_it(language, load):
     checkpoint = list_checkpoints(train(language("--trainer.save_interval 6")))[-1]
