@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..features import Features
-from .head import ActionCodec, ActionHead
+from .head import ActionHead
 from ...registry import suggest
 
 # %% ../../../nbs/models/heads/95_several.ipynb #sevh0006
