@@ -104,8 +104,9 @@ def test_a_run_of_co_training_without_robots_is_saved_too(config, talk):
     assert Framework.from_pretrained(cotrain.train(load_config(tree))).horizon == 4
 
 
-def test_a_continued_run_is_the_uninterrupted_one(language):
-    straight, stopped = (train(language(f"--run_id {name}")) for name in ("straight", "stopped"))
+@pytest.mark.parametrize("more", ["", "--trainer.ema_decay 0.9"], ids=["plain", "averaged"])
+def test_a_continued_run_is_the_uninterrupted_one(language, more):
+    straight, stopped = (train(language(f"--run_id {name} {more}")) for name in ("straight", "stopped"))
     list_checkpoints(stopped)[-1].rename(stopped / "put_away")
     train(load_config(stopped, "--trainer.resume true"))
     names = ("step", "loss", "grad_norm", "language_loss", "caption/language_loss")
