@@ -72,6 +72,11 @@ MISTAKES = {
         "wrong": (["--config_yaml", str(RUN)], "datasets.vla_data: this program learns from language alone"),
         "no file": (["--config_yaml", "nowhere.yaml"], "nowhere.yaml"),
     },
+    "export": {
+        "missing": ([], "run"),
+        "wrong": ([str(RUN), "out", "--head", "mlp"], "single head"),
+        "no file": (["nowhere", "out"], "nowhere"),
+    },
     "evaluate": {
         "missing": ([], "--run"),
         "wrong": (["--run", str(RUN), "evaluation.episods=3"], "did you mean 'evaluation.episodes'"),
@@ -257,6 +262,7 @@ FILES = [
     "training/adapters",
     "training/submit",
     "training/vlm",
+    "training/export",
     "evaluation/program",
     "evaluation/report",
     "serving/policy",

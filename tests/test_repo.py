@@ -82,6 +82,8 @@ CROSS_CUTTING = {
     "training/test_policy_of_a_run.py": "run and policy",
     "training/test_program.py": "the training, in each form that a program has",
     "training/test_slurm.py": "launch and submit, on a SLURM of two nodes",
+    "training/test_seed_commands.py": "the training programs: the commands of the seeds, as they are written there",
+    "training/test_several_heads.py": "several heads in a run: trained, continued, served, kept alone",
     "training/test_settings.py": "each setting reaches what it controls",
     "training/test_unread_keys.py": "config, run and rollout: keys that nothing reads",
     "training/test_what_is_trained.py": "optim, run and imitation: parts and losses",

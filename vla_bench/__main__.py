@@ -31,6 +31,10 @@ COMMANDS = {
     "from_hdf5": ("vla_bench.data.hdf5", "turn demonstrations of LIBERO and robomimic into a dataset"),
     "from_rlds": ("vla_bench.data.rlds", "turn episodes of TensorFlow Datasets into a dataset"),
     "conversations": ("vla_bench.data.conversations", "check image-text data and print one sample"),
+    "export": (
+        "vla_bench.training.export",
+        "write a run's backbone for transformers, or one of its heads as a run",
+    ),
     "convert": (
         "vla_bench.models.interop.convert",
         "turn a checkpoint of another codebase into a run folder",

@@ -104,8 +104,9 @@ def test_a_run_of_co_training_without_robots_is_saved_too(config, talk):
     assert Framework.from_pretrained(cotrain.train(load_config(tree))).horizon == 4
 
 
-def test_a_continued_run_is_the_uninterrupted_one(language):
-    straight, stopped = (train(language(f"--run_id {name}")) for name in ("straight", "stopped"))
+@pytest.mark.parametrize("more", ["", "--trainer.ema_decay 0.9"], ids=["plain", "averaged"])
+def test_a_continued_run_is_the_uninterrupted_one(language, more):
+    straight, stopped = (train(language(f"--run_id {name} {more}")) for name in ("straight", "stopped"))
     list_checkpoints(stopped)[-1].rename(stopped / "put_away")
     train(load_config(stopped, "--trainer.resume true"))
     names = ("step", "loss", "grad_norm", "language_loss", "caption/language_loss")
@@ -143,6 +144,18 @@ def test_the_backbone_of_a_policy_is_exported_as_well(config, tmp_path):
     ours = load_vlm(export_backbone(folder, tmp_path / "exported")).model.state_dict()
     theirs = Framework.from_pretrained(folder).vlm.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_adapters_are_continued_and_merged_on_export(language, tmp_path):
+    folder = train(language("--trainer.peft {type: LORA, r: 2} --trainer.learning_rate 1e-2"))
+    trained = BackboneAlone.from_pretrained(folder)
+    names = {name for name, _ in trained.named_parameters() if "lora" in name}
+    assert names and all(name in trained.state_dict() for name in names)
+    merged = load_vlm(export_backbone(folder, tmp_path / "exported")).eval()
+    inputs = merged.prepare([[Image.new("RGB", (32, 32), "red")]], ["close the box"])
+    with torch.no_grad():
+        ours, theirs = merged(inputs).hidden, trained.vlm(inputs).hidden
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("load", [Policy.from_pretrained, Framework.from_pretrained])

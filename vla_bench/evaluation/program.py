@@ -49,6 +49,7 @@ def evaluate_run(
     out: str | Path | None = None,  # None for eval/<benchmark> in the run
     *,
     dataset: str | None = None,  # of a run on several robots: whose policy; None for the first
+    head: str | None = None,  # of a policy with several: which acts; None for framework.policy_head
     verify: bool = False,  # compare every byte of the checkpoint with its manifest, however large it is
     show_progress: bool = True,
 ) -> tuple[Path, dict[str, Any]]:  # the folder of the results, and what summary.json holds
@@ -57,7 +58,7 @@ def evaluate_run(
     from vla_bench.serving.policy import Policy  # here: help and refusals need no torch
 
     results = Path(out) if out is not None else run / "eval" / settings.benchmark
-    policy = Policy.from_pretrained(run, dataset=dataset, verify=verify)
+    policy = Policy.from_pretrained(run, dataset=dataset, head=head, verify=verify)
     return results, evaluate(policy, None, settings, results, show_progress=show_progress)
 
 # %% ../../nbs/evaluation/30_program.ipynb #bfa7c8e2
@@ -73,10 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", help="folder of the results; eval/<benchmark> in the run when left out")
     parser.add_argument("--dataset", help="of a run on several robots: whose policy; the first when left out")
+    parser.add_argument("--head", help="of a policy with several heads: which acts")
     parser.add_argument("--verify", action="store_true", help="compare every byte of the checkpoint first")
     options, overrides = parser.parse_known_args(argv)
     with cli_errors(WorkerError):
-        which = {"dataset": options.dataset, "verify": options.verify}
+        which = {"dataset": options.dataset, "head": options.head, "verify": options.verify}
         results, _ = evaluate_run(options.config_yaml, overrides, options.out, **which)
         print(report_text(results))
 

@@ -31,6 +31,7 @@ from ..data.view import model_dims, robot_dims, spec_view
 from ..files import file_hash, naming, read_json, read_manifest
 from ..models.attention_map import AttentionMap, check_map
 from ..models.frameworks.framework import Framework
+from ..models.frameworks.several import use_head
 from ..registry import suggest
 from .checks import check_cameras, check_state
 from ..settings import get_setting
@@ -235,12 +236,12 @@ def predict_batch(
     return [chunks[row] for row in range(len(observations))]
 
 # %% ../../nbs/serving/20_policy.ipynb #5c2744e8
-def _fingerprint(checkpoint: Path, spec: PolicySpec) -> str:
+def _fingerprint(checkpoint: Path, spec: PolicySpec, head: str | None = None) -> str:
     """Sixteen hexadecimal digits over every file that a policy is loaded from, and the specification."""
     loaded = [checkpoint / name for name in ("model.safetensors", "framework.json")]
     for part in ("vlm", "action_model"):
         loaded += sorted(path for path in (checkpoint / part).rglob("*") if path.is_file())
-    listed, lines = read_manifest(checkpoint), [spec.hash]
+    listed, lines = read_manifest(checkpoint), [spec.hash, *([f"head {head}"] if head else [])]
     for path in loaded:
         name = path.relative_to(checkpoint).as_posix()
         lines.append(f"{name} {listed[name]['sha256'] if name in listed else file_hash(path)}")
@@ -254,6 +255,7 @@ def from_pretrained(
     *,
     checkpoint: str | int = "latest",  # of a run: "latest", a step, or a name
     dataset: str | None = None,  # of a run on several robots: whose is served; None for the first
+    head: str | None = None,  # of a policy with several: which acts; None for framework.policy_head
     device: str = "cpu",
     verify: bool = False,  # compare every byte with the manifest, however large the checkpoint is
     batch_size: int = 1,  # see `Policy`
@@ -267,8 +269,9 @@ def from_pretrained(
         torch.set_num_threads(int(get_setting("launch.threads")))
     with naming(found):
         framework = Framework.from_pretrained(found, inference=True).to(device)
+    use_head(framework, head)
     check_finite(framework, found / "model.safetensors")
-    return cls(framework, spec, normalizers, _fingerprint(found, spec), batch_size)
+    return cls(framework, spec, normalizers, _fingerprint(found, spec, head), batch_size)
 
 # %% ../../nbs/serving/20_policy.ipynb #39981532
 @patch
@@ -293,10 +296,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", help="run or checkpoint folder")
     parser.add_argument("--checkpoint", default="latest", help="latest, a step, or a name")
     parser.add_argument("--dataset", help="of a run on several robots: whose policy; default the first")
+    parser.add_argument("--head", help="of a policy with several heads: which acts")
     parser.add_argument("--verify", action="store_true", help="compare every byte with the manifest")
     options = parser.parse_args(argv)
     with cli_errors():
-        place = {"checkpoint": options.checkpoint, "dataset": options.dataset}
+        place = {"checkpoint": options.checkpoint, "dataset": options.dataset, "head": options.head}
         policy = Policy.from_pretrained(options.folder, **place, verify=options.verify)
         print(json.dumps({**spec_to_dict(policy.spec), "fingerprint": policy.fingerprint}, indent=2))
 

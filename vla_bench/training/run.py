@@ -457,6 +457,7 @@ def load_alone(section: dict, checkpoint: Path | None) -> BackboneAlone:
     with naming(checkpoint):
         found = BackboneAlone.from_pretrained(checkpoint)
     check_finite(found, checkpoint / "model.safetensors")
+    load_raw(found, checkpoint)
     return found
 
 

@@ -369,8 +369,17 @@ def answer_loss(
     valid: Tensor,  # bool [B, A]
 ) -> Tensor:
     """Next-token cross-entropy of an answer behind the prompt, a scalar."""
-    embed, output = self.model.get_input_embeddings(), self.output_matrix()
+    embed = self.model.get_input_embeddings()
     features = self(inputs, embed(answers[:, :-1]), causal_extra=True)
+    return self.answer_loss_of(features, inputs, answers, valid)
+
+
+@patch
+def answer_loss_of(
+    self: VLM, features: Features, inputs: dict[str, Tensor], answers: Tensor, valid: Tensor
+) -> Tensor:
+    """The same from states of the prompt and of the answer's tokens, but for the last one."""
+    output = self.output_matrix()
     first = last_state(features.hidden[:, : inputs["input_ids"].shape[1]], inputs["attention_mask"])
     before = torch.cat([first[:, None], features.extra], dim=1)
     logits = output(before[valid].to(output.weight.dtype))

@@ -23,6 +23,7 @@ from ..backbones.component_loading import quiet
 from ..backbones.loading import LOADING_KEYS, load_vlm
 from ..backbones.vlm import VLM
 from ..backbones.weights_file import load_weights, without_init
+from .adapters import merge_into, restore_adapters
 from ..interop.weights import read_weights
 from ...registry import RegistryError, suggest
 
@@ -114,10 +115,12 @@ def from_pretrained(
         raise FileNotFoundError(f"{folder} holds no {ALONE}, so it is no backbone that was trained alone")
     config = read_json(folder / ALONE, {"vlm": dict})
     loading = {key: value for key, value in config["vlm"].items() if key in LOADING_KEYS}
+    adapters = config.pop("adapters", ())
     with without_init():
         found = build_alone(
             {**config, "vlm": {**loading, "base_vlm": str(folder / "vlm")}}, load_weights=False
         )
+        restore_adapters(found, adapters)
     load_weights(found, folder / "model.safetensors", ALONE)
     return found.eval()
 
@@ -130,18 +133,22 @@ def export_backbone(
     checkpoint, out = checkpoint_of(source), Path(folder)
     if not (checkpoint / "vlm").is_dir():
         raise FileNotFoundError(f"{checkpoint} holds no folder vlm, so it is no checkpoint with a backbone")
+    told = read_json(checkpoint / (ALONE if (checkpoint / ALONE).is_file() else "framework.json"))
+    adapters = [each for each in told.get("adapters", ()) if each["module"].startswith("vlm")]
     with without_init():
-        vlm = load_vlm(checkpoint / "vlm", load_weights=False)
-    weights = read_weights(checkpoint)
-    own = {name.removeprefix("vlm."): tensor for name, tensor in weights.items() if name.startswith("vlm.")}
-    tensors = vlm.state_dict(keep_vars=True)
+        alone = BackboneAlone(load_vlm(checkpoint / "vlm", load_weights=False), {})
+        restore_adapters(alone, adapters)
+    own = {name: tensor for name, tensor in read_weights(checkpoint).items() if name.startswith("vlm.")}
+    tensors = alone.state_dict(keep_vars=True)
     filled = {id(tensors[name]) for name in own if name in tensors}  # a tied weight is stored under one name
     odd = [name for name in own if name not in tensors]
     odd += [name for name, tensor in tensors.items() if id(tensor) not in filled]
     if odd:
         raise ValueError(f"{checkpoint / 'model.safetensors'} and {checkpoint / 'vlm'} differ in {odd[0]!r}")
-    vlm.load_state_dict(own, strict=False)
+    alone.load_state_dict(own, strict=False)
+    if adapters:
+        merge_into(alone)
     with write_whole_folder(out) as hidden, quiet():
-        vlm.model.save_pretrained(hidden)
-        vlm.processor.save_pretrained(hidden)
+        alone.vlm.model.save_pretrained(hidden)
+        alone.vlm.processor.save_pretrained(hidden)
     return out

@@ -6,15 +6,17 @@ Docs: https://vla-bench.github.io/vla_bench/models/frameworks/build.html.md"""
 
 # %% auto #0
 __all__ = ['TRUE_OR_FALSE', 'TEXT', 'LIST', 'SECTION', 'WHOLE_NUMBER', 'SHARED', 'DEFAULTS', 'NEEDED', 'EXAMPLE_SECTIONS',
-           'SET_ELSEWHERE', 'COMPONENTS', 'VLM_KEYS', 'UNINSULATED', 'FrameworkConfig', 'check_shared', 'check_needed',
-           'head_section', 'parse_framework', 'check_own_arguments', 'check_head', 'check_backbone', 'check_inference',
-           'check_fit', 'head_sizes', 'build_head', 'shapes', 'check_same_weights', 'make_prepare', 'load_others',
-           'freeze_components', 'plain', 'saved_section', 'assemble', 'build_framework', 'read_section', 'from_folder']
+           'SET_ELSEWHERE', 'COMPONENTS', 'VLM_KEYS', 'UNINSULATED', 'SEVERAL', 'FrameworkConfig', 'check_shared',
+           'check_needed', 'head_section', 'parse_framework', 'check_own_arguments', 'check_head', 'check_backbone',
+           'check_inference', 'check_fit', 'head_sizes', 'build_head', 'shapes', 'check_same_weights', 'make_prepare',
+           'load_others', 'freeze_components', 'plain', 'saved_section', 'assemble', 'has_several', 'build_framework',
+           'read_section', 'from_folder']
 
 # %% ../../../nbs/models/frameworks/01_build.ipynb #uild0002
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -399,6 +401,19 @@ def assemble(
     return framework
 
 # %% ../../../nbs/models/frameworks/01_build.ipynb #6ecd1b43
+SEVERAL = ("vla_bench.models.frameworks.several", "build_several")  # loaded when it is needed
+
+
+def has_several(written: Any) -> bool:
+    """Whether `framework.action_model` holds several heads by name, and not the arguments of one."""
+    sections = list(written.values()) if isinstance(written, Mapping) else []
+    return (
+        bool(sections)
+        and all(isinstance(s, Mapping) for s in sections)
+        and any("type" in s for s in sections)
+    )
+
+
 def build_framework(
     section: Mapping[str, Any],  # name, vlm, action_horizon, action_model, shared keys, own arguments
     *,
@@ -407,6 +422,10 @@ def build_framework(
     load_weights: bool = True,  # of the backbone and of others; False when a checkpoint follows
 ) -> nn.Module:  # a `Framework`
     """A framework from the `framework` section. Raises `RegistryError` or `ValueError` naming the key to change."""
+    if has_several(section.get("action_model")):
+        module, name = SEVERAL
+        build = vars(import_module(module))[name]
+        return build(section, action_dim=action_dim, state_dim=state_dim, load_weights=load_weights)
     config = parse_framework(section)
     check_fit(config, action_dim=action_dim, state_dim=state_dim)
     return assemble(config, action_dim=action_dim, state_dim=state_dim, load_weights=load_weights)
@@ -431,7 +450,12 @@ def from_folder(
     """The framework section of a checkpoint, with every path inside the checkpoint."""
     loading = {key: value for key, value in config["vlm"].items() if key in LOADING_KEYS}
     section = {**config, "vlm": {**loading, "base_vlm": str(folder / "vlm")}}
-    if (folder / "action_model").is_dir():
+    if has_several(section["action_model"]):
+        own = lambda name: (
+            {"tokenizer": str(path)} if (path := folder / "action_model" / name).is_dir() else {}
+        )
+        section["action_model"] = {n: {**head, **own(n)} for n, head in section["action_model"].items()}
+    elif (folder / "action_model").is_dir():
         section["action_model"] = {**section["action_model"], "tokenizer": str(folder / "action_model")}
     if inference and (other := section.get("inference_model")):
         section |= {key: {**section[key], **part} for key, part in other.items()}

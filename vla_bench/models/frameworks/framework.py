@@ -164,7 +164,15 @@ def training_loss(
     self: Framework, batch: dict[str, Any], noise: Tensor | None, time: Tensor | None
 ) -> dict[str, Tensor]:  # at least action_loss
     """The head's loss."""
-    return self.action_model.loss(self.read(batch), batch["actions"], batch["action_is_pad"], noise, time)
+    return self.loss_of(self.read(batch), batch, noise, time)
+
+
+@patch
+def loss_of(
+    self: Framework, features: Features, batch: dict[str, Any], noise: Tensor | None, time: Tensor | None
+) -> dict[str, Tensor]:
+    """The head's loss on features that have been read."""
+    return self.action_model.loss(features, batch["actions"], batch["action_is_pad"], noise, time)
 
 
 @patch

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..backbones.vlm import VLM
+from ..features import Features
 from .framework import Framework
 from .prepare import Prepare
 from ..heads.token_head import TokenHead
@@ -60,6 +61,14 @@ def training_loss(
 ) -> dict[str, Tensor]:
     """`action_loss`: the cross-entropy of the chunk's tokens."""
     return {"action_loss": self.vlm.answer_loss(batch["inputs"], *self.answer(batch["codes"]))}
+
+
+@patch
+def loss_of(
+    self: TokenFramework, features: Features, batch: dict[str, Any], noise: Tensor | None, time: Tensor | None
+) -> dict[str, Tensor]:
+    """The same from states of the prompt and of the tokens behind it, but for the last one."""
+    return {"action_loss": self.vlm.answer_loss_of(features, batch["inputs"], *self.answer(batch["codes"]))}
 
 # %% ../../../nbs/models/frameworks/15_token_framework.ipynb #15tf0013
 @patch
