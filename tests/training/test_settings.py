@@ -56,6 +56,7 @@ def numbers(run) -> dict:
         "intervals": (settings.log_interval, settings.eval_interval, settings.save_interval),
         "measured": settings.eval_samples,
         "trackers": run.trackers,
+        "peak": settings.peak_tflops,
     }
 
 
@@ -90,6 +91,7 @@ CHANGES = [
     ("trainer.save_interval=2", {"intervals"}),
     ("trainer.eval_samples=2", {"measured"}),
     ("trainer.trackers=[tensorboard]", {"trackers"}),
+    ("trainer.peak_tflops=2.5", {"peak"}),
     ("trainer.verify=true", {"compared"}),
     ("seed=1", {"weights", "noise", "augmentation", *SPLIT, *SEEN}),
     (f"{VLA}.cameras=[wrist,front]", {*SEEN, "specification"}),
@@ -279,6 +281,7 @@ def test_the_defaults_are_these():
         "save_interval": 1000,
         "eval_samples": 1024,
         "trackers": None,
+        "peak_tflops": None,
         "pretrained_checkpoint": None,
         "reload_modules": None,
         "loss_scale": None,

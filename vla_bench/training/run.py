@@ -106,6 +106,7 @@ class TrainerSettings:
     save_interval: int = 1000
     eval_samples: int = 1024  # held-out frames per evaluation, evenly spread
     trackers: Any = None  # tensorboard, trackio, wandb: see `tracker_names`
+    peak_tflops: float | None = None  # of the device, where `PEAK_TFLOPS` has it not: for `mfu` in the log
     pretrained_checkpoint: str | None = None  # weights to start from: see `load_pretrained`
     reload_modules: Any = None  # module paths to load from it, a list or separated by commas; all without
     loss_scale: Any = None  # weights of the sources' losses, such as {vla: 1.0, vlm: 0.1}
@@ -121,6 +122,9 @@ class TrainerSettings:
             )
         for key, least in COUNTS.items():
             require_whole(f"trainer.{key}", vars(self)[key], least)
+        peak = self.peak_tflops
+        fits = peak is None or (is_number(peak) and peak > 0)
+        require(fits, "trainer.peak_tflops", "a positive, finite number", peak)
         for path, rate in flat_learning_rates(self.learning_rate).items():
             key = ".".join(filter(None, ("trainer.learning_rate", path)))
             require(is_number(rate) and rate >= 0, key, "a finite number, not below 0", rate)
@@ -227,6 +231,7 @@ FREE_KEYS = (
     "eval_samples",
     "save_interval",
     "trackers",
+    "peak_tflops",
 )
 
 
@@ -426,6 +431,7 @@ class Run:
     step: int = 0  # optimizer steps done
     parts: list[dict[str, Any]] = field(default_factory=list)  # what is trained, see `parts_table`
     losses: dict[str, float] = field(default_factory=dict)  # of the last step, as the sources name them
+    grad_norms: dict[str, float] = field(default_factory=dict)  # by part, of the last step if it is logged
     trackers: list[str] = field(default_factory=list)  # where its numbers go besides metrics.jsonl
 
     @property
