@@ -63,6 +63,7 @@ def require_whole(key: str, value: Any, least: int) -> None:
 KEY_ALIASES = {
     "framework.framework_py": "framework.name",
     "framework.qwenvl": "framework.vlm",
+    "trainer.is_resume": "trainer.resume",
     "evaluation.replan_steps": "evaluation.n_action_steps",
     "evaluation.execute_steps": "evaluation.n_action_steps",  # ours, up to version 0.1.0
 }
@@ -191,11 +192,11 @@ def _yaml_value(text: str) -> Any:
     return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
 
 
-WORDS = {"trainer.resume": ("last_good",)}  # keys that are true, false, or one of these words
+WORDS = {"trainer.resume": ("auto", "last_good")}  # keys that are true, false, or one of these words
 
 
 def _typed(key: str, text: str, present: Any) -> Any:
-    if text in WORDS.get(key, ()):
+    if text in WORDS.get(canonical_key(key), ()):
         return text
     name = canonical_key(key) in NAMES
     if isinstance(present, str):
@@ -462,6 +463,13 @@ def _names(self: Config) -> list[str]:
     node = self._node()
     leaves = _leaves(_resolved(node, self._where)) if isinstance(node, DictConfig) else ()
     return [key for leaf, _ in leaves if leaf and not self._is_added(key := self._key(leaf))]
+
+
+@patch
+def own_keys(self: Config) -> list[str]:
+    """Names at this level, but for those that only the user's own code reads."""
+    prefix = self._prefix + "." if self._prefix else ""
+    return list(dict.fromkeys(key.removeprefix(prefix).partition(".")[0] for key in self._names()))
 
 
 @patch

@@ -59,6 +59,8 @@ EXTRAS = {
     "av": "train",
     "h5py": "hdf5",
     "google_crc32c": "rlds",
+    "submitit": "cluster",
+    "papermill": "notebook",
 } | {name: name for name in ("metaworld", "deepspeed", "tensorboard", "trackio", "wandb")}
 
 

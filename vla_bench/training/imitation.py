@@ -15,6 +15,7 @@ if __name__ == "__main__" and "__file__" in globals() and not __package__:
 
 # %% ../../nbs/training/30_imitation.ipynb #2cb06b5f
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,10 +32,11 @@ from ..config import Config, cli_errors, parse_cli
 from ..data.detectors import GRIPPER
 from .checkpoint import rng_state, set_rng_state
 from .data import Member
+from .ema import on_average
 from .loop import EvaluationView, MetricsLog, action_error_sums, error_row, make_loader
 from .optim import parts_text
 from .run import Run, finish, save, set_up
-from .stopping import agreed, interruptible, stop_requests
+from .stopping import STATUS, agreed, interruptible, stop_requests
 from .trackers import close_trackers, open_trackers
 from .utilization import Arithmetic, gradient_norms, memory, peak_tflops
 
@@ -91,6 +93,8 @@ def update(
             run.optimizer.zero_grad()
     run.scheduler.step()
     run.step += 1
+    if run.ema:
+        run.ema.update(run.step)
     sums = torch.stack([torch.stack([each[name] for each in losses]).sum() for name in losses[0]])
     run.losses = dict(zip(losses[0], accelerator.reduce(sums, "sum").tolist()))
     return sum(s.weight * run.losses[s.loss] for s in run.sources.values()), norm
@@ -278,12 +282,14 @@ def open_log(run: Run) -> Iterator[Callable[..., None]]:
         close_trackers(trackers)
 
 # %% ../../nbs/training/30_imitation.ipynb #stop0020
-def leave(run: Run) -> None:
-    """Ends a process that was asked to stop and has saved: one line, and the status of a program that SIGTERM ended."""
-    stopped = f"SIGTERM: stopped after step {run.step} of {run.settings.max_train_steps}, which is saved"
+def leave(run: Run, number: signal.Signals) -> None:
+    """Ends a process that a signal asked to stop and that has saved: one line, and the status that belongs to it."""
+    stopped = (
+        f"{number.name}: stopped after step {run.step} of {run.settings.max_train_steps}, which is saved"
+    )
     run.accelerator.print(f"{stopped}; continue with --trainer.resume true", file=sys.stderr)
     finish(run)
-    raise SystemExit(143)
+    raise SystemExit(STATUS[number])
 
 # %% ../../nbs/training/30_imitation.ipynb #2bb96aee
 def fit(
@@ -295,13 +301,13 @@ def fit(
     """Trains from the present step to the last one.
 
     Raises `FloatingPointError`, with the offending samples named, when the loss is no longer a number. After SIGTERM it
-    saves and exits with status 143.
+    saves and exits with status 143, after SIGUSR1 with 75.
     """
     show(run)
-    settings, arithmetic = run.settings, arithmetic_of(run)
+    settings, measure, arithmetic = run.settings, on_average(measure), arithmetic_of(run)
     times: list[tuple[float, float]] = []
     left_out: list[list[int]] = []
-    stopping = False
+    stopping = None
     with open_log(run) as write, stop_requests() as request, progress_bar(run) as bar:
         if measure_first and run.step == 0:
             write(0, **measure(run))
@@ -332,7 +338,7 @@ def fit(
             if due(run, settings.save_interval) or stopping:
                 save(run)
     if stopping and run.step < settings.max_train_steps:
-        leave(run)
+        leave(run, stopping)
     finish(run)
     return run.folder
 
