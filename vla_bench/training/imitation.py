@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from ..config import Config, cli_errors, parse_cli
 from ..data.detectors import GRIPPER
+from .best import note_best
 from .checkpoint import rng_state, set_rng_state
 from .data import Member
 from .ema import on_average
@@ -332,11 +333,14 @@ def fit(
                 used = arithmetic.row(**rate) | memory(run.accelerator.device)
                 write(run.step, loss=loss, **others, **norms, **rates, **rate, **used)
                 times, left_out = [], []
-            if due(run, settings.eval_interval):
-                write(run.step, **measure(run))
+            row = measure(run) if due(run, settings.eval_interval) else {}
+            if run.rollouts and due(run, settings.rollout_interval):
+                row |= on_average(run.rollouts)(run)
+            write(run.step, **row)
             stopping = agreed(request, run.accelerator)
             if due(run, settings.save_interval) or stopping:
                 save(run)
+                note_best(run, row)
     if stopping and run.step < settings.max_train_steps:
         leave(run, stopping)
     finish(run)

@@ -96,6 +96,7 @@ from vla_bench.training.sources import (
     weighted,
 )
 from .trackers import tracker_names
+from .best import open_rollouts
 
 # %% ../../nbs/training/25_run.ipynb #c8f85b2d
 @dataclass
@@ -127,6 +128,11 @@ class TrainerSettings:
     keep_last: int | None = None  # so many checkpoints, the newest; all without
     keep_every: int | None = None  # and for ever those whose step is a multiple of it
     eval_samples: int = 1024  # held-out frames per evaluation, evenly spread
+    rollout_interval: int | None = (
+        None  # steps between episodes in the simulator of `evaluation`; none without
+    )
+    rollout_episodes: int = 10  # per task
+    rollout_first_seed: int = 40000  # of their scenes; the final evaluation has others, evaluation.first_seed
     trackers: Any = None  # tensorboard, trackio, wandb: see `tracker_names`
     peak_tflops: float | None = None  # of the device, where `PEAK_TFLOPS` has it not: for `mfu` in the log
     pretrained_checkpoint: str | None = None  # weights to start from: see `load_pretrained`
@@ -142,6 +148,9 @@ class TrainerSettings:
             )
         for key, least in COUNTS.items():
             require_whole(f"trainer.{key}", vars(self)[key], least)
+        require_whole("trainer.rollout_interval", self.rollout_interval or 0, 0)
+        require_whole("trainer.rollout_episodes", self.rollout_episodes, 1)
+        require_whole("trainer.rollout_first_seed", self.rollout_first_seed, 0)
         peak = self.peak_tflops
         fits = peak is None or (is_number(peak) and peak > 0)
         require(fits, "trainer.peak_tflops", "a positive, finite number", peak)
@@ -260,6 +269,9 @@ FREE_KEYS = (
     "eval_interval",
     "eval_samples",
     "save_interval",
+    "rollout_interval",
+    "rollout_episodes",
+    "rollout_first_seed",
     "trackers",
     "peak_tflops",
     "keep_last",
@@ -503,6 +515,7 @@ class Run:
     grad_norms: dict[str, float] = field(default_factory=dict)  # by part, of the last step if it is logged
     ema: EMA | None = None  # the average of the weights, where one is kept
     trackers: list[str] = field(default_factory=list)  # where its numbers go besides metrics.jsonl
+    rollouts: Any = None  # plays episodes on the present weights: see `open_rollouts`
 
     @property
     def view(self) -> AugmentedView:
@@ -777,6 +790,7 @@ def set_up(
     run.parts, run.ema, run.trackers = parts, average_of(run), trackers
     if checkpoint:
         restore(run, checkpoint, optimizer)
+    run.rollouts = open_rollouts(run, cfg)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         start_folder(run, cfg)
