@@ -473,7 +473,7 @@ def test_the_speed_counts_the_samples_of_all_sources_and_processes():
 def test_names_of_our_own_in_a_row_of_the_log_are_kept_apart(several):
     """The only source's main loss is logged as `loss` already; of several each is told."""
     own = ("step", "loss", "grad_norm", "data_s", "step_s", "samples_per_s")
-    assert imitation.OWN == (*own, "memory_gib", "gpu_memory_gib", "mfu")
+    assert imitation.OWN == (*own, "memory_gib", "gpu_memory_gib", "mfu", "skipped_updates")
     losses = {name: float(i) for i, name in enumerate(("action_loss", *imitation.OWN, "more"))}
     sources = {name: SimpleNamespace(loss=f"{name}_loss") for name in ("action", "language")[: 1 + several]}
     found = imitation.other_losses(SimpleNamespace(losses=losses, sources=sources))

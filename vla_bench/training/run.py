@@ -9,7 +9,7 @@ __all__ = ['COUNTS', 'FREE_KEYS', 'PLACES', 'FALLS_BACK', 'TrainerSettings', 'Ru
            'differences', 'check_continuation', 'find_resume', 'check_dtype', 'inside', 'check_ranges', 'in_own_memory',
            'load_alone', 'load_framework', 'identity', 'Run', 'progress', 'robots_progress', 'compare_progress',
            'check_data', 'follow_end', 'restore', 'save_policies', 'start_folder', 'make_optimizer', 'average_of',
-           'read_robots', 'robots_of', 'set_up', 'save', 'finish']
+           'read_robots', 'robots_of', 'guard_of', 'set_up', 'save', 'finish']
 
 # %% ../../nbs/training/25_run.ipynb #grun0002
 import os
@@ -97,6 +97,7 @@ from vla_bench.training.sources import (
 )
 from .trackers import tracker_names
 from .best import open_rollouts
+from .guard import SpikeGuard, guard_state, restore_guard, spike_guard
 
 # %% ../../nbs/training/25_run.ipynb #c8f85b2d
 @dataclass
@@ -133,6 +134,7 @@ class TrainerSettings:
     )
     rollout_episodes: int = 10  # per task
     rollout_first_seed: int = 40000  # of their scenes; the final evaluation has others, evaluation.first_seed
+    spike_guard: Any = None  # a section such as {factor: 10, action: skip}: see `SpikeGuard`
     trackers: Any = None  # tensorboard, trackio, wandb: see `tracker_names`
     peak_tflops: float | None = None  # of the device, where `PEAK_TFLOPS` has it not: for `mfu` in the log
     pretrained_checkpoint: str | None = None  # weights to start from: see `load_pretrained`
@@ -151,6 +153,7 @@ class TrainerSettings:
         require_whole("trainer.rollout_interval", self.rollout_interval or 0, 0)
         require_whole("trainer.rollout_episodes", self.rollout_episodes, 1)
         require_whole("trainer.rollout_first_seed", self.rollout_first_seed, 0)
+        spike_guard(self.spike_guard)
         peak = self.peak_tflops
         fits = peak is None or (is_number(peak) and peak > 0)
         require(fits, "trainer.peak_tflops", "a positive, finite number", peak)
@@ -269,6 +272,7 @@ FREE_KEYS = (
     "eval_interval",
     "eval_samples",
     "save_interval",
+    "spike_guard",  # which may be the way past a spike
     "rollout_interval",
     "rollout_episodes",
     "rollout_first_seed",
@@ -515,6 +519,7 @@ class Run:
     grad_norms: dict[str, float] = field(default_factory=dict)  # by part, of the last step if it is logged
     ema: EMA | None = None  # the average of the weights, where one is kept
     trackers: list[str] = field(default_factory=list)  # where its numbers go besides metrics.jsonl
+    guard: SpikeGuard | None = None  # refuses updates that jump
     rollouts: Any = None  # plays episodes on the present weights: see `open_rollouts`
 
     @property
@@ -653,6 +658,8 @@ def restore(run: Run, checkpoint: Path, optimizer: torch.optim.Optimizer) -> Non
         check_data(run, checkpoint, saved.get("data"))
     if run.ema:
         run.ema.restore(checkpoint)
+    if run.guard and "guard" in saved:
+        restore_guard(run.guard, saved["guard"])
     same = saved["processes"] == processes
     load_trainer(checkpoint, optimizer=optimizer, scheduler=run.scheduler, rank=rank if same else None)
     follow_end(run, checkpoint, saved)
@@ -748,6 +755,16 @@ def robots_of(
     view = AugmentedView(data.train, seed, shown.shift_pixels, shown.state_noise, data.transforms)
     return robot_source(framework.prepare, view, settings.per_device_batch_size, data.order(seed))
 
+# %% ../../nbs/training/25_run.ipynb #gu17c001
+def guard_of(run: Run) -> SpikeGuard | None:
+    """What refuses updates that jump. Raises `ConfigError` under DeepSpeed, which takes its step in backward."""
+    guard = spike_guard(run.settings.spike_guard)
+    if guard and run.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ConfigError(
+            "trainer.spike_guard: DeepSpeed updates the weights before anybody can refuse; take it out"
+        )
+    return guard
+
 # %% ../../nbs/training/25_run.ipynb #9c8cbae3
 def set_up(
     cfg: Config,
@@ -787,7 +804,7 @@ def set_up(
     wrapped, stepper = accelerator.prepare(Objective(framework, learnt), optimizer)
     spec = next(iter(policy_specs(data).values())) if data else None
     run = Run(folder, seed, settings, data, spec, accelerator, framework, wrapped, stepper, scheduler, learnt)
-    run.parts, run.ema, run.trackers = parts, average_of(run), trackers
+    run.parts, run.ema, run.trackers, run.guard = parts, average_of(run), trackers, guard_of(run)
     if checkpoint:
         restore(run, checkpoint, optimizer)
     run.rollouts = open_rollouts(run, cfg)
@@ -813,6 +830,7 @@ def _save(run: Run) -> None:
     weights = None if plain else framework_weights(accelerator.get_state_dict(run.model))
     raw = run.ema.raw_weights(keep=accelerator.is_main_process) if run.ema else None
     rng = gather_object([rng_state()])
+    guard = {"guard": guard_state(run.guard)} if run.guard else {}
     if accelerator.is_main_process:
         save_checkpoint(
             run.folder,
@@ -824,7 +842,7 @@ def _save(run: Run) -> None:
             optimizer=run.optimizer,
             scheduler=run.scheduler,
             rng=rng,
-            progress={**progress(run), "data": run.identity, "config": run.configuration},
+            progress={**progress(run), "data": run.identity, "config": run.configuration, **guard},
         )
         remove_superfluous(run.folder, run.settings.keep_last, run.settings.keep_every)
     accelerator.wait_for_everyone()
