@@ -1,4 +1,4 @@
-# make setup | quickstart | check | test | fuzz | lowest | mutants | docs | lab | smoke | figures | speed | format | clean
+# make setup | quickstart | check | test | fuzz | resume | lowest | mutants | docs | lab | smoke | figures | speed | format | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -27,7 +27,7 @@ SAMPLE ?= 0
 SEED ?= 0
 AGAIN ?=
 
-.PHONY: setup system quickstart check test fuzz lowest mutants docs smoke figures speed format lab clean
+.PHONY: setup system quickstart check test fuzz resume lowest mutants docs smoke figures speed format lab clean
 setup: $(BIN)/.ready system
 
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -64,6 +64,10 @@ test: setup
 # The property tests whole, of which `make test` runs a sample: every damaged run, dataset and conversation, every drawn case.
 fuzz: setup
 	VLA_BENCH_ALL_DAMAGES=1 VLA_BENCH_CASES=500 pytest -n $(WORKERS) --dist worksteal $$(grep -rlE 'VLA_BENCH_(ALL_DAMAGES|CASES)' tests --include='test_*.py')
+
+# A run that is killed, whole: in every step of every mode, at a thousand bytes of its saves, and the order of its samples.
+resume: setup
+	VLA_BENCH_CASES=1000 pytest -n $(WORKERS) --dist worksteal tests/training/test_{kills,killed_saves,order_of_samples,resume,retention,schedule}.py
 
 # Small faults put into copies of a package: does a test catch each? PACKAGE=models/heads [MODULE=bins] [SAMPLE=60]
 mutants: setup
