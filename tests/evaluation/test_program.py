@@ -2,12 +2,17 @@
 
 import json
 import shutil
+from itertools import product
+from math import comb, prod
 from pathlib import Path
 
 import pytest
 
 from vla_bench.config import ConfigError, load_config
-from vla_bench.evaluation.program import evaluate_run, main, run_folder
+from vla_bench.evaluation.program import evaluate_run, flattery, main, run_folder
+from vla_bench.evaluation.report import verify_text
+from vla_bench.evaluation.rollout import EvaluationSettings
+from vla_bench.evaluation.statistics import expected_best
 from vla_bench.serving.policy import Policy
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "version_0_1"
@@ -86,7 +91,7 @@ def test_each_option_reaches_the_policy_that_is_loaded(words, asked, run, monkey
         Policy, "from_pretrained", lambda folder, **more: seen.append((folder, more)) or load(folder)
     )
     main(["--run", str(run), *words, *SHORT])
-    assert seen == [(run, asked)] and "reach-blue" in capsys.readouterr().out
+    assert seen == [(run / "checkpoints/step_000003", asked)] and "reach-blue" in capsys.readouterr().out
 
 
 def test_what_is_not_said_loads_the_first_robot_and_shows_progress(run, monkeypatch, capsys):
@@ -100,3 +105,46 @@ def test_a_run_has_to_be_named(capsys):
     with pytest.raises(SystemExit):
         main([])
     assert "--config_yaml/--run" in capsys.readouterr().err
+
+
+@pytest.fixture
+def best(run):
+    """The same run, whose only checkpoint is the best of four by ten episodes of scenes from 40000 on."""
+    told = {"step": 3, "metric": "eval/success_rate", "value": 0.5, "episodes": 20, "seeds": [40000, 40010]}
+    (run / "best.json").write_text(
+        json.dumps({**told, "candidates": [[1, 0.2], [2, 0.1], [3, 0.5], [4, 0.4]]})
+    )
+    return run
+
+
+def test_the_best_checkpoint_comes_with_a_warning_and_a_folder_of_its_own(best, capsys):
+    results, summary = evaluate_run(best, SHORT, checkpoint="best", show_progress=False)
+    assert results == best / "eval" / "point_step_000003" and summary["episodes"] == 1
+    told = capsys.readouterr().err
+    assert "step 3 is the best of 4 checkpoints by eval/success_rate, 0.5 of 20 episodes" in told
+    assert f"their mean of 0.3, the best would still show {expected_best(4, 20, 0.3):.3g}" in told
+    assert verify_text(best).startswith("point_step_000003: episodes of step_000003, ")
+
+
+@pytest.mark.parametrize("first, refused", [(39999, False), (40000, True), (40009, True), (40010, False)])
+def test_the_scenes_that_chose_a_checkpoint_are_refused_unless_they_are_asked_for(best, first, refused):
+    words = [*SHORT, f"evaluation.first_seed={first}"]
+    if refused:
+        with pytest.raises(ValueError, match="scenes 40000 to 40009 chose this checkpoint.*--same_seeds"):
+            evaluate_run(best, words, checkpoint="best", show_progress=False)
+        assert not (best / "eval").exists()
+    evaluate_run(best, words, checkpoint="best", same_seeds=True, show_progress=False)
+
+
+def test_a_checkpoint_that_no_episodes_chose_is_flattered_by_none(best):
+    told = {"step": 3, "metric": "eval/action_error", "value": 0.5, "candidates": [[3, 0.5]]}
+    (best / "best.json").write_text(json.dumps(told))
+    assert flattery(best, EvaluationSettings("point")).endswith("; no episodes chose it")
+
+
+@pytest.mark.parametrize("candidates, episodes, rate", [(3, 5, 0.3), (2, 8, 0.9)])
+def test_the_best_of_several_is_what_enumeration_says(candidates, episodes, rate):
+    one = [comb(episodes, x) * rate**x * (1 - rate) ** (episodes - x) for x in range(episodes + 1)]
+    every = product(range(episodes + 1), repeat=candidates)
+    expected = sum(max(xs) * prod(one[x] for x in xs) for xs in every) / episodes
+    assert expected_best(candidates, episodes, rate) == pytest.approx(expected)

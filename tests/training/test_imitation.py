@@ -472,7 +472,8 @@ def test_the_speed_counts_the_samples_of_all_sources_and_processes():
 @pytest.mark.parametrize("several", [False, True])
 def test_names_of_our_own_in_a_row_of_the_log_are_kept_apart(several):
     """The only source's main loss is logged as `loss` already; of several each is told."""
-    assert imitation.OWN == ("step", "loss", "grad_norm", "data_s", "step_s", "samples_per_s")
+    own = ("step", "loss", "grad_norm", "data_s", "step_s", "samples_per_s")
+    assert imitation.OWN == (*own, "memory_gib", "gpu_memory_gib", "mfu", "skipped_updates")
     losses = {name: float(i) for i, name in enumerate(("action_loss", *imitation.OWN, "more"))}
     sources = {name: SimpleNamespace(loss=f"{name}_loss") for name in ("action", "language")[: 1 + several]}
     found = imitation.other_losses(SimpleNamespace(losses=losses, sources=sources))
@@ -568,3 +569,21 @@ def test_no_graph_is_built_to_find_the_offending_samples(config):
     run.sources["vla"].losses = watching
     assert "Each sample alone gives a finite loss" in imitation.not_finite(run, "loss is nan", 0)
     assert asked == [False] * 4
+
+
+def test_the_error_at_the_gripper_s_events_is_told(measured, config):
+    """By hand: the entries of each held-out chunk within two of one where the recorded command crosses the middle."""
+    run = set_up(config("--trainer.eval_samples 1000"))
+    (member,), (held_out,) = run.data.members, run.data.held_out().values()
+    assert imitation.gripper_dims(member) == [2]
+    statistics, errors = member.normalizers["action"].statistics, []
+    middle = member.normalizers["action"].normalize((statistics.min + statistics.max) / 2)[2]
+    for row in range(len(held_out)):
+        sample = held_out[row]
+        chunk = run.framework.eval().predict_action([sample])["normalized_actions"][0]
+        command, valid = sample["action"][:, 2], ~sample["action_is_pad"]
+        turns = [t for t in range(1, 4) if valid[t] and (command[t] > middle) != (command[t - 1] > middle)]
+        near = [t for t in range(4) if valid[t] and any(abs(t - turn) <= 2 for turn in turns)]
+        errors += [abs(chunk[t, 2] - command[t]) for t in near]
+    found = imitation.evaluate(run)["eval/gripper_event_error"]
+    assert len(errors) > 10 and found == pytest.approx(np.mean(errors), rel=1e-5)

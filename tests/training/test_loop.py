@@ -21,6 +21,8 @@ from vla_bench.training.loop import (
     action_error_sums,
     augment,
     error_row,
+    event_weights,
+    gripper_events,
     make_loader,
     read_metrics,
     split_episodes,
@@ -230,3 +232,31 @@ def test_a_row_that_holds_no_number_is_named(tmp_path, value, message):
         ValueError, match=f"metrics.jsonl line 2: 'loss' is {message}, expected a finite number"
     ):
         read_metrics(path)
+
+
+def test_a_gripper_s_events_reach_two_steps_and_no_padding():
+    command = np.array([[0, 0, 0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1, 0]], np.float32)
+    valid = np.ones((2, 10), bool)
+    assert [np.flatnonzero(row).tolist() for row in gripper_events(command, valid, 0.5)] == [
+        [3, 4, 5, 6, 7],
+        [7, 8, 9],
+    ]
+    valid[:, 6:] = False
+    assert [np.flatnonzero(row).tolist() for row in gripper_events(command, valid, 0.5)] == [[3, 4, 5], []]
+    assert not gripper_events(command, valid, 1.5).any()
+
+
+@pytest.mark.parametrize("extremes", [True, False])
+def test_open_and_closed_are_told_apart_halfway_between_what_the_data_hold(extremes):
+    """Physically 0 is open and 0.08 closed; most of the time it is open, so the mean is no middle."""
+    low, high = np.array([-1.0, 0.0]), np.array([1.0, 0.08])
+    ends = (low, high) if extremes else (None, None)
+    statistics = Statistics(
+        *ends, mean=np.array([0.0, 0.01]), std=np.array([1.0, 0.02]), q01=low, q99=high, count=9
+    )
+    normalizer = Normalizer(statistics, "mean_std")
+    physical = np.array(
+        [[0, 0.0], [0, 0.03], [0, 0.03], [0, 0.03], [0, 0.05], [0, 0.08], [0, 0.08], [0, 0.08]]
+    )
+    weights = event_weights(normalizer.normalize(physical)[None], np.ones((1, 8), bool), normalizer, [1])
+    assert weights[0, :, 1].tolist() == [0, 0, 1, 1, 1, 1, 1, 0] and not weights[..., 0].any()

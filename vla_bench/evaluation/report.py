@@ -13,6 +13,7 @@ if __name__ == "__main__" and "__file__" in globals() and not __package__:
 
 # %% ../../nbs/evaluation/20_report.ipynb #3b22bf5a
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -153,22 +154,25 @@ def report_text(run: str | Path) -> str:
 
 # %% ../../nbs/evaluation/20_report.ipynb #repo0021
 def verify_text(run: str | Path) -> str:
-    """One line per evaluation of the newest checkpoint. Raises `ValueError` for one that is damaged, or another one."""
+    """One line per evaluation, of the newest checkpoint or the one in its name. Raises `ValueError` for one that is damaged, or another one."""
     from vla_bench.serving.policy import Policy  # here: a report needs no torch
     from vla_bench.training.checkpoint import find_checkpoint
 
     run = Path(run).resolve()
     home = run.parent.parent if (run / "episodes.jsonl").exists() else run
-    checkpoint = find_checkpoint(home)
     robots = sorted(path.stem for path in (home / "policies").glob("*.json")) or [None]
-    policies = [Policy.from_pretrained(checkpoint, dataset=robot, verify=True) for robot in robots]
-    found = [policy.fingerprint for policy in policies]
-    whole = (
-        "every byte is as it was saved" if read_manifest(checkpoint) else "it has no manifest to compare with"
-    )
     lines = []
     for benchmark in load_evaluations(run):
         folder = run if home != run else run / "eval" / benchmark
+        named = re.search(r"_(step_\d+)$", folder.name)
+        checkpoint = find_checkpoint(home, named[1] if named else "latest")
+        policies = [Policy.from_pretrained(checkpoint, dataset=robot, verify=True) for robot in robots]
+        found = [policy.fingerprint for policy in policies]
+        whole = (
+            "every byte is as it was saved"
+            if read_manifest(checkpoint)
+            else "it has no manifest to compare with"
+        )
         evaluated = read_json(folder / "fingerprint.json", {"policy": str})["policy"]
         if evaluated not in found:
             raise ValueError(

@@ -47,6 +47,7 @@ from vla_bench.files import (
 )
 from ..models.frameworks.alone import ALONE, without_policy
 from ..models.frameworks.framework import Framework
+from .retention import BEST, best_step
 
 # %% ../../nbs/training/10_checkpoint.ipynb #9c36d4a5
 def remove_leftovers(run: str | Path) -> list[str]:  # names of what was removed
@@ -64,7 +65,7 @@ def latest_checkpoint(run: str | Path) -> Path | None:  # None when there is non
 # %% ../../nbs/training/10_checkpoint.ipynb #746a6c51
 def find_checkpoint(
     folder: str | Path,  # a run, or one checkpoint itself
-    checkpoint: str | int = "latest",  # "latest", a step, or a name such as "step_000500"
+    checkpoint: str | int = "latest",  # "latest", "best", a step, or a name such as "step_000500"
 ) -> Path:
     """The checkpoint that is meant. Raises `FileNotFoundError` naming those that exist."""
     folder = Path(folder)
@@ -77,6 +78,8 @@ def find_checkpoint(
         )
     if checkpoint == "latest":
         return list(known.values())[-1]
+    if checkpoint == "best" and (checkpoint := best_step(folder)) is None:
+        raise FileNotFoundError(f"{folder} has no {BEST}: nothing was measured at the step of a checkpoint")
     name = f"step_{int(checkpoint):06d}" if str(checkpoint).isdigit() else str(checkpoint)
     if name not in known:
         raise FileNotFoundError(f"{folder} has no checkpoint {name!r}{suggest(name, known)}")

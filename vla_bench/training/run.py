@@ -9,8 +9,8 @@ __all__ = ['COUNTS', 'FREE_KEYS', 'PLACES', 'FALLS_BACK', 'TrainerSettings', 'Ru
            'make_accelerator', 'differences', 'check_continuation', 'find_resume', 'check_dtype', 'inside',
            'check_ranges', 'in_own_memory', 'load_alone', 'load_framework', 'identity', 'Run', 'progress',
            'robots_progress', 'compare_progress', 'check_data', 'follow_end', 'restore', 'save_policies',
-           'start_folder', 'make_optimizer', 'wrap_blocks', 'average_of', 'read_robots', 'robots_of', 'set_up', 'save',
-           'finish']
+           'start_folder', 'make_optimizer', 'wrap_blocks', 'average_of', 'read_robots', 'robots_of', 'guard_of',
+           'set_up', 'save', 'finish']
 
 # %% ../../nbs/training/25_run.ipynb #grun0002
 import os
@@ -100,6 +100,8 @@ from vla_bench.training.sources import (
     weighted,
 )
 from .trackers import tracker_names
+from .best import open_rollouts
+from .guard import SpikeGuard, guard_state, restore_guard, spike_guard
 
 # %% ../../nbs/training/25_run.ipynb #c8f85b2d
 @dataclass
@@ -133,7 +135,14 @@ class TrainerSettings:
     keep_last: int | None = None  # so many checkpoints, the newest; all without
     keep_every: int | None = None  # and for ever those whose step is a multiple of it
     eval_samples: int = 1024  # held-out frames per evaluation, evenly spread
+    rollout_interval: int | None = (
+        None  # steps between episodes in the simulator of `evaluation`; none without
+    )
+    rollout_episodes: int = 10  # per task
+    rollout_first_seed: int = 40000  # of their scenes; the final evaluation has others, evaluation.first_seed
+    spike_guard: Any = None  # a section such as {factor: 10, action: skip}: see `SpikeGuard`
     trackers: Any = None  # tensorboard, trackio, wandb: see `tracker_names`
+    peak_tflops: float | None = None  # of the device, where `PEAK_TFLOPS` has it not: for `mfu` in the log
     pretrained_checkpoint: str | None = None  # weights to start from: see `load_pretrained`
     reload_modules: Any = None  # module paths to load from it, a list or separated by commas; all without
     loss_scale: Any = None  # weights of the sources' losses, such as {vla: 1.0, vlm: 0.1}
@@ -147,6 +156,13 @@ class TrainerSettings:
             )
         for key, least in COUNTS.items():
             require_whole(f"trainer.{key}", vars(self)[key], least)
+        require_whole("trainer.rollout_interval", self.rollout_interval or 0, 0)
+        require_whole("trainer.rollout_episodes", self.rollout_episodes, 1)
+        require_whole("trainer.rollout_first_seed", self.rollout_first_seed, 0)
+        spike_guard(self.spike_guard)
+        peak = self.peak_tflops
+        fits = peak is None or (is_number(peak) and peak > 0)
+        require(fits, "trainer.peak_tflops", "a positive, finite number", peak)
         for path, rate in flat_learning_rates(self.learning_rate).items():
             key = ".".join(filter(None, ("trainer.learning_rate", path)))
             require(is_number(rate) and rate >= 0, key, "a finite number, not below 0", rate)
@@ -277,7 +293,12 @@ FREE_KEYS = (
     "eval_interval",
     "eval_samples",
     "save_interval",
+    "spike_guard",  # which may be the way past a spike
+    "rollout_interval",
+    "rollout_episodes",
+    "rollout_first_seed",
     "trackers",
+    "peak_tflops",
     "keep_last",
     "keep_every",
 )
@@ -518,8 +539,11 @@ class Run:
     step: int = 0  # optimizer steps done
     parts: list[dict[str, Any]] = field(default_factory=list)  # what is trained, see `parts_table`
     losses: dict[str, float] = field(default_factory=dict)  # of the last step, as the sources name them
+    grad_norms: dict[str, float] = field(default_factory=dict)  # by part, of the last step if it is logged
     ema: EMA | None = None  # the average of the weights, where one is kept
     trackers: list[str] = field(default_factory=list)  # where its numbers go besides metrics.jsonl
+    guard: SpikeGuard | None = None  # refuses updates that jump
+    rollouts: Any = None  # plays episodes on the present weights: see `open_rollouts`
 
     @property
     def view(self) -> AugmentedView:
@@ -653,6 +677,8 @@ def restore(run: Run, checkpoint: Path, optimizer: torch.optim.Optimizer) -> Non
         check_data(run, checkpoint, saved.get("data"))
     if run.ema:
         run.ema.restore(checkpoint)
+    if run.guard and "guard" in saved:
+        restore_guard(run.guard, saved["guard"])
     same, load = saved["processes"] == processes, run.sharding.load_optimizer
     own = rank if same else None
     load_trainer(checkpoint, optimizer=optimizer, scheduler=run.scheduler, rank=own, load=load)
@@ -758,6 +784,16 @@ def robots_of(
     view = AugmentedView(data.train, seed, shown.shift_pixels, shown.state_noise, data.transforms)
     return robot_source(framework.prepare, view, settings.per_device_batch_size, data.order(seed))
 
+# %% ../../nbs/training/25_run.ipynb #gu17c001
+def guard_of(run: Run) -> SpikeGuard | None:
+    """What refuses updates that jump. Raises `ConfigError` under DeepSpeed, which takes its step in backward."""
+    guard = spike_guard(run.settings.spike_guard)
+    if guard and run.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ConfigError(
+            "trainer.spike_guard: DeepSpeed updates the weights before anybody can refuse; take it out"
+        )
+    return guard
+
 # %% ../../nbs/training/25_run.ipynb #9c8cbae3
 def set_up(
     cfg: Config,
@@ -801,9 +837,10 @@ def set_up(
     spec = next(iter(policy_specs(data).values())) if data else None
     trained = accelerator, framework, wrapped, stepper, scheduler, learnt, sharding
     run = Run(folder, seed, settings, data, spec, *trained, parts=parts)
-    run.ema, run.trackers = average_of(run), trackers
+    run.ema, run.trackers, run.guard = average_of(run), trackers, guard_of(run)
     if checkpoint:
         restore(run, checkpoint, optimizer)
+    run.rollouts = open_rollouts(run, cfg)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         start_folder(run, cfg)
@@ -821,6 +858,7 @@ def _save(run: Run) -> None:
     weights, optimizer = run.sharding.weights(), run.sharding.optimizer_state()
     raw = run.ema.raw_weights(keep=accelerator.is_main_process) if run.ema else None
     rng = gather_object([rng_state()])
+    guard = {"guard": guard_state(run.guard)} if run.guard else {}
     if accelerator.is_main_process:
         save_checkpoint(
             run.folder,
@@ -832,7 +870,7 @@ def _save(run: Run) -> None:
             optimizer=Gathered(optimizer),
             scheduler=run.scheduler,
             rng=rng,
-            progress={**progress(run), "data": run.identity, "config": run.configuration},
+            progress={**progress(run), "data": run.identity, "config": run.configuration, **guard},
         )
         remove_superfluous(run.folder, run.settings.keep_last, run.settings.keep_every)
     accelerator.wait_for_everyone()

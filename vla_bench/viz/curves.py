@@ -44,7 +44,13 @@ def _rates(ax: Any, rows: list[dict]) -> None:
 
 # %% ../../nbs/viz/20_curves.ipynb #1bd36450
 def _gradient(ax: Any, rows: list[dict]) -> None:
-    ax.plot(*series(rows, "grad_norm"), color="tab:gray", linewidth=1)
+    ax.plot(*series(rows, "grad_norm"), color="tab:gray", linewidth=1, label="all")
+    parts = dict.fromkeys(key for row in rows for key in row if key.startswith("grad_norm/"))
+    for key in parts:
+        ax.plot(*series(rows, key), linewidth=1, label=key.removeprefix("grad_norm/"))
+    if parts:
+        ax.set_yscale("log")
+        ax.legend(frameon=False, fontsize=7)
     ax.set_title("gradient norm", fontsize=10)
 
 
@@ -72,6 +78,16 @@ def _language(ax: Any, rows: list[dict]) -> None:
     lines = [*ax.lines, *right.lines]
     ax.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=8)
 
+# %% ../../nbs/viz/20_curves.ipynb #cv17c002
+def _success(ax: Any, rows: list[dict]) -> None:
+    steps, rate = series(rows, "eval/success_rate")
+    low, high = (series(rows, f"eval/success_{end}")[1] for end in ("low", "high"))
+    # the interval of 0 or 1 begins there, but for rounding
+    ends = 100 * np.clip([rate - low, high - rate], 0, None)
+    ax.errorbar(steps, 100 * rate, yerr=ends, fmt="o-", color="tab:green", capsize=3, linewidth=1)
+    ax.set_ylim(-5, 105)
+    ax.set_title("success, % of episodes", fontsize=10)
+
 # %% ../../nbs/viz/20_curves.ipynb #71a1d44b
 def plot_curves(
     run: str | Path,  # run folder, or a metrics.jsonl
@@ -87,6 +103,7 @@ def plot_curves(
     if not rows:
         raise FileNotFoundError(f"no metrics at {path}; a run writes them from its first logged step")
     panels = [_learning, _rates, _gradient, _time]
+    panels += [_success] if any("eval/success_rate" in row for row in rows) else []
     panels += [_language] if any("eval/language_loss" in row for row in rows) else []
     figure, axes = plt.subplots(1, len(panels), figsize=(3.25 * len(panels), 2.8), layout="constrained")
     for ax, draw in zip(axes, panels):
