@@ -36,7 +36,7 @@ ELSEWHERE = {
     "make docs": ("takes minutes", ".ci/run"),
     "make test": ("is what runs this test", ".ci/run"),
     "make check": ("runs tests of this suite", "tests/test_readme.py::test_what_make_check_runs_exists"),
-    "make slurm": ("installs SLURM", ".ci/run"),
+    "make slurm": ("installs SLURM", "tests/training/test_slurm.py::test_a_launched_sweep_is_an_array"),
     "vla_bench launch experiments/train.ipynb -p config experiments/configs/quickstart.yaml --cluster slurm --nodes 2 --gpus 8 --wait": (
         "needs a cluster", "tests/training/test_slurm.py::test_a_launched_job_that_makes_room_continues"),
     "vla_bench launch experiments/train.ipynb -p config experiments/configs/quickstart.yaml --cluster slurm --gpus 1 --sweep seed=0,1,2,3": (
