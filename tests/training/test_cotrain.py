@@ -229,7 +229,10 @@ def test_two_processes_train_and_measure_like_one(both, tmp_path):
 
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-SHARDED = {f"zero{n}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(n)} for n in (2, 3)}
+SHARDED = {
+    f"zero{n}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(n)}
+    for n in (2, 3)
+}
 SHARDED |= {"ddp": {}, "fsdp2": FSDP2}
 
 
