@@ -1,5 +1,6 @@
 """The order of samples over (world size, workers, batch, accumulation, epochs, weights, resume point): 500 drawn cases."""
 
+from dataclasses import MISSING, fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -151,6 +152,9 @@ def place(case: int) -> SimpleNamespace:
     )  # fmt: skip
 
 
+UNREAD = {f.name: None for f in fields(Run) if f.default is MISSING and f.default_factory is MISSING}
+
+
 def read(case: SimpleNamespace, split: Split, first: int, stop: int, source: str, workers: int = 0) -> list:
     """What all processes of a run read of a source in some of its steps, in the order of the positions."""
     shared = {
@@ -159,12 +163,14 @@ def read(case: SimpleNamespace, split: Split, first: int, stop: int, source: str
     }
     found = []
     for rank in range(split.processes):
-        run = Run(
-            folder=None, seed=case.seed, data=None, spec=None, framework=None, model=None, optimizer=None,
-            scheduler=None, sources=shared, step=first,
-            settings=SimpleNamespace(gradient_accumulation_steps=split.accumulation, max_train_steps=stop),
-            accelerator=SimpleNamespace(process_index=rank, num_processes=split.processes),
-        )  # fmt: skip
+        read_by_a_sampler = {
+            "seed": case.seed,
+            "settings": SimpleNamespace(gradient_accumulation_steps=split.accumulation, max_train_steps=stop),
+            "accelerator": SimpleNamespace(process_index=rank, num_processes=split.processes),
+            "sources": shared,
+            "step": first,
+        }
+        run = Run(**{**UNREAD, **read_by_a_sampler})
         found.append(list(make_loader(Keys(), run.sampler(source), list, workers)))
     return sequence(found)
 
