@@ -159,10 +159,9 @@ def head(book: str, folder: Path) -> None:
     notebook = nbformat.read(ROOT / f"experiments/{book}.ipynb", as_version=4)
     end = next(i for i, cell in enumerate(notebook.cells) if "check_parameters(" in cell.source)
     notebook.cells = notebook.cells[: end + 1]
-    lines = notebook.cells[end].source.splitlines()
-    notebook.cells[end].source = "\n".join(
-        line for line in lines if "vla_bench.config" in line or "check_" in line
-    )
+    source = notebook.cells[end].source
+    imported = next(line for line in source.splitlines() if "vla_bench.config" in line)
+    notebook.cells[end].source = f"{imported}\n{source[source.index('check_parameters(') :]}"
     nbformat.write(notebook, folder / "head.ipynb")
 
 

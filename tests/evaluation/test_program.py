@@ -80,9 +80,9 @@ def test_an_error_is_one_line_and_exit_status_two(tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, asked",
     [
-        ([], {"dataset": None, "verify": False}),
-        (["--verify"], {"dataset": None, "verify": True}),
-        (["--dataset", "second"], {"dataset": "second", "verify": False}),
+        ([], {"dataset": None, "head": None, "verify": False}),
+        (["--verify"], {"dataset": None, "head": None, "verify": True}),
+        (["--dataset", "second"], {"dataset": "second", "head": None, "verify": False}),
     ],
 )
 def test_each_option_reaches_the_policy_that_is_loaded(words, asked, run, monkeypatch, capsys):
@@ -98,7 +98,7 @@ def test_what_is_not_said_loads_the_first_robot_and_shows_progress(run, monkeypa
     seen, load = [], Policy.from_pretrained
     monkeypatch.setattr(Policy, "from_pretrained", lambda folder, **more: seen.append(more) or load(folder))
     evaluate_run(run, SHORT)
-    assert seen == [{"dataset": None, "verify": False}] and "episode" in capsys.readouterr().err
+    assert seen == [{"dataset": None, "head": None, "verify": False}] and "episode" in capsys.readouterr().err
 
 
 def test_a_run_has_to_be_named(capsys):
