@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from vla_bench.config import ConfigError, load_config
 from vla_bench.evaluation import during_training
-from vla_bench.evaluation.during_training import open_rollouts, rollout_row, share, whole_weights
+from vla_bench.evaluation.during_training import rollout_row, share
 from vla_bench.evaluation.rollout import EvaluationSettings, evaluate, read_episodes
 from vla_bench.evaluation.workers import WorkerError
 from vla_bench.serving.policy import Policy
@@ -119,26 +119,6 @@ def test_no_interval_is_no_episodes_and_no_simulator(config, interval, monkeypat
     monkeypatch.setattr("vla_bench.training.best.import_module", None)
     run = set_up(config(f"--run_id none --trainer.rollout_interval {interval}"))
     assert run.rollouts is None
-
-
-@pytest.mark.parametrize(
-    "kind, stage, whole",
-    [
-        ("NO", 0, True),
-        ("MULTI_CPU", 0, True),
-        ("MULTI_GPU", 0, True),
-        ("FSDP", 0, False),
-        ("DEEPSPEED", 2, True),
-        ("DEEPSPEED", 3, False),
-    ],
-)
-def test_a_process_with_a_part_of_the_weights_does_not_act(kind, stage, whole):
-    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
-    accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value=kind), state=state)
-    assert whole_weights(accelerator) == whole
-    if not whole:
-        with pytest.raises(ConfigError, match="FSDP, ZeRO-3"):
-            open_rollouts(SimpleNamespace(data=1, accelerator=accelerator), None)
 
 
 @pytest.mark.parametrize("processes", [2, 3, 5])

@@ -14,7 +14,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from vla_bench.config import load_config
+from vla_bench.config import ConfigError, load_config
 from vla_bench.files import list_checkpoints
 from vla_bench.serving.policy import Policy
 from vla_bench.training.imitation import micro_batches, train, update
@@ -257,3 +257,47 @@ def test_a_gradient_that_is_not_finite_changes_nothing(mode, config, launched):
 
     for norm, same in launched(exploded, 2, environ(mode)):
         assert not math.isfinite(norm) and same
+
+
+REFUSED = [
+    ("zero2", "--trainer.spike_guard '{factor: 10}'", "before anybody can refuse"),
+    ("fsdp2", "--trainer.rollout_interval 2", "where weights are sharded"),
+    ("zero3", "--trainer.rollout_interval 2", "where weights are sharded"),
+    ("zero3", "--trainer.ema_decay 0.9", "ZeRO-3 keeps no whole weights"),
+]
+
+
+@pytest.mark.parametrize("mode, asked, message", REFUSED)
+def test_what_a_mode_cannot_do_is_refused_before_anything_is_written(mode, asked, message, config, launched):
+    cfg = config(options("refused", 2, more=asked))
+
+    def refused():
+        with pytest.raises(ConfigError, match=message):
+            set_up(cfg)
+        return (Path(cfg["run_root_dir"]) / "refused").exists()
+
+    assert launched(refused, 2, environ(mode)) == [False, False]
+
+
+@pytest.mark.parametrize("mode", MODES if WHOLE else ["ddp", "fsdp2"])
+def test_counting_the_arithmetic_changes_nothing(mode, run_in, losses):
+    counted = run_in(mode, options("counted", 2, more="--trainer.peak_tflops 1 --trainer.log_interval 1"))
+    plain = run_in(mode, options("plain", 2, more="--trainer.log_interval 1"))
+    assert losses(counted) == losses(plain)
+    told = ["mfu" in row for row in read_metrics(counted / "metrics.jsonl") if "loss" in row]
+    assert told == [not mode.startswith("zero")] * STEPS
+
+
+def test_a_spike_under_fsdp2_is_kept_without_weights_and_leaves_them(config, launched):
+    guard = "--trainer.spike_guard '{factor: 1.0001, window: 2, action: stop}' --trainer.learning_rate 1.0"
+    cfg = config(options("spiky", 2, more=guard))
+
+    def spiky():
+        with pytest.raises(FloatingPointError, match="the weights are still those of step"):
+            train(cfg)
+        kept = sorted(Path(cfg["run_root_dir"]).glob("spiky/offending/step_*/process_*"))
+        return [[file.name for file in sorted(folder.iterdir())] for folder in kept]
+
+    first, second = launched(spiky, 2, environ("fsdp2"))
+    assert ["batch_0.safetensors", "offending.json", "rng.safetensors"] in first
+    assert not any("weights" in files for files in (*first, *second))

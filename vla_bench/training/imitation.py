@@ -20,12 +20,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, gather_object, send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
@@ -162,8 +162,7 @@ def keep_offending(run: Run, batches: Sequence[dict[str, dict]], rng: dict, what
         name: [origin(s, k) for k in run.sampler(name).batch(n)] for name, s in run.sources.items()
     }
     folder = run.folder / f"offending/step_{run.step + 1:06d}/process_{accelerator.process_index}"
-    kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    whole = ends and accelerator.distributed_type in kinds  # elsewhere a process has a part of the weights
+    whole = ends and run.sharding.holds_all  # elsewhere a process has a part of the weights
     told = {"what": what, "step": run.step + 1, "mixed_precision": run.settings.mixed_precision}
     try:
         origins = [of(n) for n in numbers]
@@ -309,15 +308,14 @@ def arithmetic_of(run: Run) -> Arithmetic:
     device, settings = run.accelerator.device, run.settings
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     known = peak_tflops(name, settings.mixed_precision, settings.peak_tflops)
-    whole = run.accelerator.distributed_type != DistributedType.DEEPSPEED  # which takes its step in backward
-    return Arithmetic(known if whole else None, settings.gradient_accumulation_steps)
+    passes = settings.gradient_accumulation_steps
+    return Arithmetic(known if run.sharding.can_refuse else None, passes)  # DeepSpeed keeps what is rehearsed
 
 
 def rehearse(run: Run, micro: dict[str, dict]) -> None:
     """A forward and backward pass whose gradient is thrown away and whose random numbers are given back."""
     accelerator, state = run.accelerator, rng_state()
-    alone = accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    with accelerator.no_sync(run.model) if alone else nullcontext():
+    with accelerator.no_sync(run.model):
         found = run.model(send_to_device(micro, accelerator.device))
         accelerator.backward(torch.stack([found[n][s.loss] for n, s in run.sources.items()]).sum())
     run.optimizer.zero_grad()

@@ -788,7 +788,7 @@ def robots_of(
 def guard_of(run: Run) -> SpikeGuard | None:
     """What refuses updates that jump. Raises `ConfigError` under DeepSpeed, which takes its step in backward."""
     guard = spike_guard(run.settings.spike_guard)
-    if guard and run.accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if guard and not run.sharding.can_refuse:
         raise ConfigError(
             "trainer.spike_guard: DeepSpeed updates the weights before anybody can refuse; take it out"
         )

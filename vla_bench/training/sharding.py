@@ -79,6 +79,8 @@ class Whole:
 
     mode = "whole"
     stage = 0  # of ZeRO
+    holds_all = True  # whether each process has all weights between two steps
+    can_refuse = True  # whether an update can still be refused once its gradient is known
 
     def __init__(
         self,
@@ -178,6 +180,7 @@ class FSDP2(Whole):
     """Weights, gradients and moments in shards, one per process."""
 
     mode = "fsdp2"
+    holds_all = False
 
     def __init__(
         self, accelerator: Accelerator, objective: nn.Module, optimizer: torch.optim.Optimizer, asked: Asked

@@ -78,6 +78,8 @@ def load_deepspeed(device: torch.device) -> Any:
 class Zero(Whole):
     """DeepSpeed's ZeRO: moments, and by stage gradients and weights, in shards."""
 
+    can_refuse = False  # the engine clips and steps at once
+
     def __init__(
         self,
         accelerator: Accelerator,
@@ -89,7 +91,7 @@ class Zero(Whole):
         self.accelerator, self.framework, self.base = accelerator, objective.framework, optimizer
         self.groups = [list(group["params"]) for group in optimizer.param_groups]
         self.stage = config["zero_optimization"]["stage"]
-        self.mode = f"zero{self.stage}"
+        self.mode, self.holds_all = f"zero{self.stage}", self.stage < 3
         self.deepspeed = load_deepspeed(accelerator.device)
         make_mesh(accelerator.device)  # so that there is a group
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it; without a launcher nobody sets it
