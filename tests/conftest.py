@@ -13,6 +13,15 @@ os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
+@pytest.fixture
+def as_in_0_1(monkeypatch):
+    """Backbones compute with transformers' own modules, as version 0.1 did, so that its numbers come back bit for bit."""
+    from vla_bench.models.backbones import vlm
+
+    for name in ("multiply_patches", "attend_by_length", "remember_positions", "shorten_norms"):
+        monkeypatch.setattr(vlm, name, lambda model: None)
+
+
 @pytest.fixture(scope="session")
 def server():
     """Runs notebooks and programs in copies of a process that has imported torch: see `notebook_server.py`."""

@@ -10,7 +10,6 @@ import pytest
 from vla_bench.__main__ import COMMANDS, main
 from vla_bench.benchmarks.point import PointReach
 from vla_bench.files import write_manifest
-from vla_bench.models.backbones import vlm
 
 RUN = Path(__file__).parent / "fixtures" / "version_0_1" / "runs" / "llava"
 SHORT = ["evaluation.episodes=2", "evaluation.n_action_steps=2", "evaluation.max_steps=12"]
@@ -27,15 +26,8 @@ def test_every_command_says_what_it_takes(command, capsys):
     assert left.value.code == 0 and "usage:" in capsys.readouterr().out
 
 
-@pytest.fixture
-def as_then(monkeypatch):
-    """The backbone computes as transformers does, and as version 0.1 did, bit for bit."""
-    for name in ("multiply_patches", "attend_by_length", "remember_positions", "shorten_norms"):
-        monkeypatch.setattr(vlm, name, lambda model: None)
-
-
 @pytest.mark.parametrize("option", ["--run", "--config_yaml"])
-def test_evaluate_continues_to_the_known_episodes(option, as_then, tmp_path, capsys):
+def test_evaluate_continues_to_the_known_episodes(option, as_in_0_1, tmp_path, capsys):
     run = shutil.copytree(RUN, tmp_path / "llava")
     main(["evaluate", option, str(run), *SHORT])
     episodes = (run / "eval" / "point" / "episodes.jsonl").read_bytes()

@@ -66,11 +66,18 @@ def test_a_section_without_a_type_is_refused(toy, section):
 # --- a checkpoint of version 0.1, whose encoder was called eyes -----------------------------------------------------
 
 
-def test_an_old_checkpoint_predicts_what_it_did(version_0_1):
+def test_an_old_checkpoint_predicts_what_it_did(version_0_1, as_in_0_1):
     model = Framework.from_pretrained(version_0_1.gr00t)
     generator = torch.Generator().manual_seed(2)
     found = model.predict_action(version_0_1.examples, generator=generator)["normalized_actions"]
     np.testing.assert_array_equal(found, version_0_1.expected["actions"])
+
+
+def test_an_old_checkpoint_predicts_nearly_the_same_as_it_is_computed_today(version_0_1):
+    model = Framework.from_pretrained(version_0_1.gr00t)
+    generator = torch.Generator().manual_seed(2)
+    found = model.predict_action(version_0_1.examples, generator=generator)["normalized_actions"]
+    np.testing.assert_allclose(found, version_0_1.expected["actions"], atol=1e-5)
 
 
 def test_an_old_checkpoint_looks_where_it_did(version_0_1):
