@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from vla_bench.models.backbones.position_ids import hand_on_positions, rope_positions, vision_positions
+from vla_bench.models.backbones.position_ids import (
+    hand_on_positions,
+    remember_positions,
+    rope_positions,
+    vision_positions,
+)
 
 KINDS = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -80,3 +85,10 @@ def test_a_second_batch_of_the_same_sizes_computes_none(backbones, observed):
     vlm(batch(vlm, observed, 3))
     after = vision_positions.cache_info()
     assert (after.misses, after.hits) == (before.misses, before.hits + 1)
+
+
+def test_a_model_in_two_backbones_computes_them_once(backbones):
+    vlm = backbones["qwen2_5_vl"]
+    remember_positions(vlm.model)
+    encoder = vlm.model.model.visual
+    assert [*encoder._forward_pre_hooks.values()].count(hand_on_positions) == 1

@@ -80,5 +80,6 @@ def hand_on_positions(
 def remember_positions(model: PreTrainedModel) -> None:
     """Lets the vision encoder of a model compute positions once per combination of image sizes."""
     for module in model.modules():
-        if type(module).__name__ in VISION_ENCODERS:
+        known = hand_on_positions in module._forward_pre_hooks.values()  # of an encoder in two backbones
+        if type(module).__name__ in VISION_ENCODERS and not known:
             module.register_forward_pre_hook(hand_on_positions, with_kwargs=True)
