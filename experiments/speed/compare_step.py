@@ -12,12 +12,13 @@ import argparse
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
+
+from child import Child
 
 HERE = Path(__file__).resolve().parents[2]
 CONFIG = HERE / "experiments/configs/quickstart.yaml"
@@ -58,32 +59,16 @@ class Tree:
     def __init__(self, root: Path, folder: str, overrides: list[str]):
         environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, "--serve", folder, *overrides]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, text=True, cwd=root, env=environment, **pipes)
+        self.process = Child(command, environment, root)
         self.rows: list[dict] = []
         self.peak = 0.0
-        self._answer()
-
-    def _answer(self) -> dict:
-        line = self.process.stdout.readline()
-        while line and not line.startswith("{"):  # what a library prints
-            line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{' '.join(self.process.args)} ended with status {self.process.wait()}")
-        return json.loads(line)
+        self.process.answer()
 
     def steps(self, count: int) -> float:
         """Trains; CPU seconds per step."""
-        self.process.stdin.write(f"{count}\n")
-        self.process.stdin.flush()
-        answer = self._answer()
+        answer = self.process.ask(str(count))
         self.rows, self.peak = self.rows + answer["rows"], answer["peak"]
         return sum(row["load"] + row["update"] for row in answer["rows"]) / count
-
-    def close(self) -> None:
-        """Ends it."""
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def main() -> None:
@@ -104,7 +89,7 @@ def main() -> None:
             for name in list(trees) if pair % 2 else reversed(trees):
                 found[name].append(trees[name].steps(2))
         for tree in trees.values():
-            tree.close()
+            tree.process.close()
     for name, tree in trees.items():
         measured = tree.rows[2:]
         load, step, wall = (1000 * median(row[key] for row in measured) for key in ("load", "update", "wall"))

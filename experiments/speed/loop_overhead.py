@@ -16,14 +16,14 @@ printed. With `num_workers: 1` that needs a second core that is free; `--wait_st
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from statistics import median
+
+from child import Child
 
 HERE = Path(__file__).resolve().parents[2]
 CONFIG = HERE / "experiments/configs/quickstart.yaml"
@@ -174,49 +174,24 @@ def wait(folder: str, steps: int, overrides: list[str]) -> None:
     print(json.dumps({"data": data / len(rows[5:]), "compute": compute / len(rows[5:])}), flush=True)
 
 
-class Loop:
+def loop(*arguments: str, overrides: list[str]) -> Child:
     """A process that does some steps when it is asked."""
-
-    def __init__(self, *arguments: str, overrides: list[str]):
-        command = [sys.executable, __file__, *arguments, *overrides]
-        environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, text=True, cwd=HERE, env=environment, **pipes)
-
-    def answer(self) -> dict:
-        """The next line that it tells."""
-        line = self.process.stdout.readline()
-        while line and not line.startswith('{"'):  # what a library prints
-            line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{' '.join(self.process.args)} ended with status {self.process.wait()}")
-        return json.loads(line)
-
-    def block(self) -> dict:
-        """CPU seconds per step of one block, and of those in the model and the optimizer."""
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def close(self) -> None:
-        """Ends it."""
-        with suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.wait()
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    return Child([sys.executable, __file__, *arguments, *overrides], environment, HERE)
 
 
 def compare(folder: str, blocks: int, overrides: list[str]) -> None:
     """The three loops in turns."""
-    loops = {name: Loop("--serve", name, f"{folder}/{name}", overrides=overrides) for name in LOOPS}
-    for loop in loops.values():
-        loop.answer()
-        loop.block()  # memory is asked for, moments are made
+    loops = {name: loop("--serve", name, f"{folder}/{name}", overrides=overrides) for name in LOOPS}
+    for each in loops.values():
+        each.answer()
+        each.ask("go")  # memory is asked for, moments are made
     found: dict[str, list[dict]] = {name: [] for name in LOOPS}
     for number in range(blocks):
         for name in LOOPS if number % 2 else reversed(LOOPS):
-            found[name].append(loops[name].block())
-    for loop in loops.values():
-        loop.close()
+            found[name].append(loops[name].ask("go"))
+    for each in loops.values():
+        each.close()
     for name in LOOPS:
         total = median(row["total"] for row in found[name])
         outside = median(row["total"] - row["inside"] for row in found[name])
@@ -240,9 +215,9 @@ def main() -> None:
         size = ["--trainer.per_device_batch_size", str(options.batch)]
         compare(folder, options.blocks, [*overrides, *size])
         if options.wait_steps:
-            loop = Loop("--wait", f"{folder}/wait", str(options.wait_steps), overrides=overrides)
-            seconds = loop.answer()
-            loop.close()
+            waiting = loop("--wait", f"{folder}/wait", str(options.wait_steps), overrides=overrides)
+            seconds = waiting.answer()
+            waiting.close()
             share = seconds["data"] / (seconds["data"] + seconds["compute"])
             print(
                 f"data     a step of the quickstart waits {1000 * seconds['data']:.1f} ms and computes "

@@ -13,7 +13,6 @@ the clock is printed beside it. Memory is the worker's proportional and resident
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from child import Child
 
 HORIZON, BATCH, CAMERAS, SIZE, FPS = 16, 8, ("front", "wrist"), 224, 30
 HERTZ = os.sysconf("SC_CLK_TCK")
@@ -191,27 +191,12 @@ class Loader:
 
     def __init__(self, python: str, which: str, root: Path):
         command = [python, __file__, "--serve", which, "--root", str(root)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.about = self._answer()
-
-    def _answer(self) -> dict:
-        line = self.process.stdout.readline()
-        while line and not line.startswith("{"):  # what a library prints
-            line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{' '.join(self.process.args)} ended with status {self.process.wait()}")
-        return json.loads(line)
+        self.process = Child(command, quiet=False)
+        self.about = self.process.answer()
 
     def load(self, times: int, what: str = "load") -> dict:
         """Wall and CPU seconds of so many samples, and the worker's memory afterwards; or of images: "decode"."""
-        self.process.stdin.write(f"{what} {times}\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        """Ends it."""
-        self.process.stdin.close()
-        self.process.wait()
+        return self.process.ask(f"{what} {times}")
 
 
 def compare(root: Path, python: str, samples: int, repeats: int, long: int) -> None:

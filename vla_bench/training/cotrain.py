@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Config, ConfigError, cli_errors, parse_cli
+from ..config import Config, ConfigError
 from vla_bench.data.conversations import (
     Conversation,
     ConversationDataset,
@@ -38,10 +38,9 @@ from ..models.backbones.language_loss import answer_scores, answer_sums, languag
 from ..models.backbones.packing import check_packable, pack
 from ..models.backbones.unused_parameters import freeze_unused
 from ..models.frameworks.framework import Framework
-from .imitation import evaluate, fit, show_parts
+from .imitation import evaluate, fit, run_program, show_parts
 from .run import Run, set_up
 from .sources import Source
-from .stopping import interruptible
 
 # %% ../../nbs/training/40_cotrain.ipynb #655dbe73
 def count_tokens(batch: dict[str, Any]) -> int:
@@ -207,10 +206,7 @@ def train(
 # %% ../../nbs/training/40_cotrain.ipynb #3bdc122d
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m vla_bench.training.cotrain --config_yaml FILE [--key value ...]`; prints the run folder."""
-    with cli_errors():
-        cfg = parse_cli(argv, "Train a framework on robots and on conversations at once.")
-        with interruptible(cfg):
-            print(train(cfg))
+    run_program(train, argv, "Train a framework on robots and on conversations at once.")
 
 # %% ../../nbs/training/40_cotrain.ipynb #dbf36490
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook

@@ -8,7 +8,7 @@ Docs: https://vla-bench.github.io/vla_bench/training/imitation.html.md"""
 __all__ = ['OWN', 'step_shares', 'micro_batches', 'due', 'update', 'global_loss', 'check_finite_losses', 'not_finite',
            'keep_offending', 'guarded_update', 'gripper_dims', 'held_out_errors', 'evaluate', 'learning_rates',
            'other_losses', 'dropped', 'dropped_row', 'speed', 'show_parts', 'progress_bar', 'arithmetic_of', 'rehearse',
-           'open_log', 'leave', 'fit', 'train', 'main']
+           'open_log', 'leave', 'fit', 'train', 'run_program', 'main']
 
 # %% ../../nbs/training/30_imitation.ipynb #ce21e451
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -419,12 +419,17 @@ def train(
     return fit(set_up(cfg), show)
 
 # %% ../../nbs/training/30_imitation.ipynb #9976cfb3
-def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m vla_bench.training.imitation --config_yaml FILE [--key value ...]`; prints the run folder."""
+def run_program(train: Callable[[Config], Path], argv: Sequence[str] | None, about: str) -> None:
+    """Trains as a command line says, and prints the run folder; a mistake is one line."""
     with cli_errors():
-        cfg = parse_cli(argv, "Train a framework on demonstrations.")
+        cfg = parse_cli(argv, about)
         with interruptible(cfg):
             print(train(cfg))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m vla_bench.training.imitation --config_yaml FILE [--key value ...]`; prints the run folder."""
+    run_program(train, argv, "Train a framework on demonstrations.")
 
 # %% ../../nbs/training/30_imitation.ipynb #952e39d7
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook

@@ -16,13 +16,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import Config, ConfigError, cli_errors, parse_cli
+from ..config import Config, ConfigError
 from ..models.frameworks.framework import Framework
 from .cotrain import Section, language_rows, language_sources, open_sections
-from .imitation import fit, show_parts
+from .imitation import fit, run_program, show_parts
 from .run import Run, set_up
 from .sources import Source
-from .stopping import interruptible
 
 # %% ../../nbs/training/50_vlm.ipynb #vlmo0009
 def language_alone(
@@ -64,10 +63,7 @@ def train(
 # %% ../../nbs/training/50_vlm.ipynb #vlmo0025
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m vla_bench.training.vlm --config_yaml FILE [--key value ...]`; prints the run folder."""
-    with cli_errors():
-        cfg = parse_cli(argv, "Train a backbone on conversations alone.")
-        with interruptible(cfg):
-            print(train(cfg))
+    run_program(train, argv, "Train a backbone on conversations alone.")
 
 # %% ../../nbs/training/50_vlm.ipynb #vlmo0026
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook

@@ -11,18 +11,16 @@ __all__ = ['ALONE', 'FREEZING', 'PARTS', 'without_policy', 'BackboneAlone', 'bui
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from fastcore.basics import patch
-from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from ...files import checkpoint_of, read_json, write_whole_folder
 from ..backbones.component_loading import quiet
 from ..backbones.loading import LOADING_KEYS, load_vlm
 from ..backbones.vlm import VLM
-from ..backbones.weights_file import load_weights, without_init
+from ..backbones.weights_file import load_weights, save_weights, without_init
 from .adapters import merge_into, restore_adapters
 from ..interop.weights import read_weights
 from ...registry import RegistryError, suggest
@@ -96,9 +94,7 @@ def save_pretrained(
 ) -> None:
     """Weights, configuration and processor: all that `from_pretrained` needs."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    held = self if weights is None else SimpleNamespace(state_dict=lambda: dict(weights))
-    save_model(held, str(folder / "model.safetensors"))
+    save_weights(self, folder, weights)
     text = json.dumps(self.config, indent=2, default=str)
     (folder / ALONE).write_text(text, encoding="utf-8")
     self.vlm.save_config(folder / "vlm")

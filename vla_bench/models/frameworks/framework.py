@@ -13,13 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from fastcore.basics import patch
-from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from ...data.sample import Sample
@@ -27,7 +25,7 @@ from ...files import checkpoint_of
 from ..attention_map import AttentionMap, attention_map, check_attention
 from ..backbones.tokens import last_state
 from ..backbones.vlm import VLM
-from ..backbones.weights_file import load_weights, without_init
+from ..backbones.weights_file import load_weights, save_weights, without_init
 from ..features import Features
 from .adapters import merge_into, restore_adapters
 from .build import build_framework, from_folder, read_section
@@ -305,9 +303,7 @@ def save_pretrained(
 ) -> None:
     """Weights, configuration and processor: all that `from_pretrained` needs."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    held = self if weights is None else SimpleNamespace(state_dict=lambda: dict(weights))
-    save_model(held, str(folder / "model.safetensors"))
+    save_weights(self, folder, weights)
     (folder / "framework.json").write_text(json.dumps(self.config, indent=2), encoding="utf-8")
     self.vlm.save_config(folder / "vlm")
     if self.action_model.assets:
