@@ -65,9 +65,10 @@ test: setup
 fuzz: setup
 	VLA_BENCH_ALL_DAMAGES=1 VLA_BENCH_CASES=500 pytest -n $(WORKERS) --dist worksteal $$(grep -rlE 'VLA_BENCH_(ALL_DAMAGES|CASES)' tests --include='test_*.py')
 
-# A run that is killed, whole: in every step of every mode, at a thousand bytes of its saves, and the order of its samples.
+# Runs that take long, whole: killed in every step of every mode, a save killed at a thousand places, twenty steps of every
+# mode beside one process, and the order of the samples of 500 drawn runs. Most of an hour.
 resume: setup
-	VLA_BENCH_CASES=1000 pytest -n $(WORKERS) --dist worksteal tests/training/test_{kills,killed_saves,order_of_samples,resume,retention,schedule}.py
+	VLA_BENCH_EVERY_RUN=1 VLA_BENCH_SAVES=1000 pytest -n $(WORKERS) --dist worksteal tests/training/test_{sharding,cotrain,kills,killed_saves,order_of_samples,resume,retention,schedule}.py
 
 # Trainings on a real SLURM of two nodes, which is started on this machine for as long as the tests run: about ten minutes.
 slurm: setup

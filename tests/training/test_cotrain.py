@@ -236,7 +236,7 @@ SHARDED = {
 SHARDED |= {"ddp": {}, "fsdp2": FSDP2}
 
 
-EVERY_MODE = "VLA_BENCH_CASES" in os.environ
+EVERY_MODE = "VLA_BENCH_EVERY_RUN" in os.environ
 
 
 @pytest.mark.parametrize("length", [2048, 28] if EVERY_MODE else [28])

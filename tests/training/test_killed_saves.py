@@ -2,7 +2,7 @@
 
 What a run does to its folder is recorded: every file that it makes, every byte, every rename, removal and fsync, over a
 restart, three checkpoints, the removal of old ones and the rows of the log. A prefix of that recording is what a killed
-process leaves. After a loss of power what was not forced to the disk may be missing too. `VLA_BENCH_CASES` is the number
+process leaves. After a loss of power what was not forced to the disk may be missing too. `VLA_BENCH_SAVES` is the number
 of places that are tried, 40 without it; `make resume` tries a thousand.
 """
 
@@ -27,7 +27,7 @@ from vla_bench.training.imitation import train
 from vla_bench.training.loop import read_metrics
 from vla_bench.training.run import find_resume, save, set_up
 
-CASES = int(os.environ.get("VLA_BENCH_CASES", "40"))
+CASES = int(os.environ.get("VLA_BENCH_SAVES", "40"))
 KEPT = ["step_000006", "step_000008"]
 OPTIONS = "--trainer.save_interval 2 --trainer.keep_last 2 --trainer.max_train_steps 8 --trainer.schedule wsd"
 

@@ -1,6 +1,6 @@
 """A run that is killed, or asked to stop, in any step ends as the one that nobody interrupted, to the last bit, in any mode.
 
-With `VLA_BENCH_CASES` (`make resume`) every step from 1 to 10, both signals and every mode; without it a case of each mode.
+With `VLA_BENCH_EVERY_RUN` (`make resume`) every step from 1 to 10, both signals and every mode; without it a case of each mode.
 """
 
 import json
@@ -38,9 +38,10 @@ STEPS = 10
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
 EVERY = [(mode, number, step) for mode in MODES for number in (KILL, TERM) for step in range(1, STEPS + 1)]
 SOME = [("one", KILL, 8), ("ddp", KILL, 5), ("fsdp2", TERM, 5), ("zero3", KILL, 7)]
-CASES = EVERY if "VLA_BENCH_CASES" in os.environ else SOME
+CASES = EVERY if "VLA_BENCH_EVERY_RUN" in os.environ else SOME
 OPTIONS = "--trainer.max_train_steps 10 --trainer.save_interval 3 --trainer.warmup_steps 2"
 LIMIT_S = 120
+SPENT = ("data_s", "step_s", "samples_per_s", "memory_gib")  # of the machine, other in every run
 
 
 def _rank(function: Callable, rank: int, processes: int, environment: dict[str, str], log: Path) -> None:
@@ -95,15 +96,13 @@ def interrupt(number: int, step: int, told: range) -> Callable[[int], None]:
 
 
 def state(run: Path) -> dict:
-    """All that a run learned and all that it would go on with; of the rows of the log what does not tell a time."""
+    """All that a run learned and all that it would go on with; of the rows of the log what does not tell time or memory."""
     folder = latest_checkpoint(run)
     trainer = torch.load(folder / "trainer/optimizer.pt", weights_only=True)
     moments = {f"{i}.{k}": v for i, own in trainer["optimizer"]["state"].items() for k, v in own.items()}
     progress = json.loads((folder / "trainer/progress.json").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    untimed = [
-        {k: v for k, v in row.items() if k not in ("data_s", "step_s", "samples_per_s")} for row in rows
-    ]
+    untimed = [{k: v for k, v in row.items() if k not in SPENT} for row in rows]
     return {
         "tensors": {**load_file(folder / "model.safetensors"), **moments},
         "optimizer": [{k: v for k, v in group.items() if k != "params"} for group in trainer["optimizer"]["param_groups"]],

@@ -25,7 +25,7 @@ pytest.importorskip("deepspeed")
 
 CLUSTERS = Path(__file__).parents[2] / "experiments/clusters"
 MODES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-WHOLE = "VLA_BENCH_CASES" in os.environ
+WHOLE = "VLA_BENCH_EVERY_RUN" in os.environ
 STEPS = 20 if WHOLE else 6
 
 

@@ -45,6 +45,7 @@ from vla_bench.files import (
     writing,
 )
 from ..models.frameworks.alone import BackboneAlone, build_alone
+from ..models.backbones.processor import settle_deepspeed
 from ..models.frameworks.adapters import add_adapters, check_adapters
 from ..models.frameworks.blocks import compile_blocks, recompute_blocks
 from ..models.frameworks.build import build_framework
@@ -269,6 +270,7 @@ def check_launcher(settings: TrainerSettings) -> None:
 def make_accelerator(settings: TrainerSettings) -> Accelerator:
     """The accelerator of this process. Raises `RuntimeError` when it is not what the launcher asked for."""
     check_launcher(settings)
+    settle_deepspeed()  # which accelerate imports when it unwraps a model
     steps = str(settings.gradient_accumulation_steps)
     ours = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": steps}
     ours |= {"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_USE_FSDP": "false"}  # see `distribute`

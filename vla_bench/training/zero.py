@@ -24,6 +24,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..config import ConfigError
+from ..models.backbones.processor import settle_deepspeed
 from .sharding import FSDP2, Whole, asked_sharding, make_mesh
 
 # %% ../../nbs/training/13_zero.ipynb #zero006
@@ -60,8 +61,7 @@ def zero_config(
 # %% ../../nbs/training/13_zero.ipynb #zero010
 def load_deepspeed(device: torch.device) -> Any:
     """The package. Raises `ConfigError` without it."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    settle_deepspeed()
     try:
         import deepspeed
     except ImportError as error:

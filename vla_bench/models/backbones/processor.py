@@ -6,17 +6,19 @@ Docs: https://vla-bench.github.io/vla_bench/models/backbones/processor.html.md""
 
 # %% auto #0
 __all__ = ['NO_SURPRISES', 'PROCESSOR_FILES', 'image_only', 'model_type', 'check_config', 'processor_class', 'load_processor',
-           'no_progress']
+           'settle_deepspeed', 'no_progress']
 
 # %% ../../../nbs/models/backbones/00_processor.ipynb #e49a1596
 import inspect
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoImageProcessor, ProcessorMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -181,10 +183,17 @@ def load_processor(
         processor.chat_template = processor.tokenizer.chat_template
     return processor
 
+# %% ../../../nbs/models/backbones/00_processor.ipynb #dsac0002
+def settle_deepspeed(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Tells DeepSpeed that it runs on a CPU where there is nothing else, unless somebody has told it already."""
+    if not torch.accelerator.is_available():
+        environ.setdefault("DS_ACCELERATOR", "cpu")
+
 # %% ../../../nbs/models/backbones/00_processor.ipynb #01bf3c6d
 @contextmanager
 def no_progress() -> Iterator[None]:
     """Within, transformers draws no progress bars."""
+    settle_deepspeed()
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
