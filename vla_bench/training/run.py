@@ -420,7 +420,8 @@ def find_resume(
     lines = [line for line in lines if not any(kind.match(line) for kind in free)]
     if lines := [line for line in lines if not line.startswith(PLACES)]:
         raise ConfigError(
-            f"{run / 'config.yaml'} is not what {newest.name} was trained with: {'; '.join(lines)}"
+            f"{run / 'config.yaml'} is not what {newest.name} was trained with: {'; '.join(lines)} "
+            f"({newest / 'trainer/progress.json'})"
         )
     if newest:
         check_continuation(cfg, newest, saved)
