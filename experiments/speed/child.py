@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,10 +16,9 @@ class Child:
         command: Sequence[str],
         environment: Mapping[str, str] | None = None,
         root: Path | None = None,  # where it runs
-        quiet: bool = True,  # without its progress bars and warnings
     ):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        pipes |= {"stderr": subprocess.DEVNULL} if quiet else {}
+        self.errors = tempfile.TemporaryFile()  # with its progress bars and warnings
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(command, text=True, cwd=root, env=environment, **pipes)
 
     def answer(self) -> dict:
@@ -27,7 +27,10 @@ class Child:
         while line and not line.startswith('{"'):
             line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{' '.join(self.process.args)} ended with status {self.process.wait()}")
+            status = self.process.wait()
+            self.errors.seek(0)
+            said = self.errors.read().decode(errors="replace").strip().splitlines() or ["nothing"]
+            raise SystemExit(f"{' '.join(self.process.args)} ended with status {status}; it said: {said[-1]}")
         return json.loads(line)
 
     def ask(self, text: str) -> dict:

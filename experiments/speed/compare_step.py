@@ -22,6 +22,10 @@ from child import Child
 
 HERE = Path(__file__).resolve().parents[2]
 CONFIG = HERE / "experiments/configs/quickstart.yaml"
+MADE = {  # by the quickstart of this tree, for both
+    "datasets.vla_data.root": "data/metaworld_quickstart",
+    "framework.vlm.base_vlm": "models/tiny_qwen2_5_vl",
+}
 
 
 def serve(folder: str, overrides: list[str]) -> None:
@@ -33,7 +37,8 @@ def serve(folder: str, overrides: list[str]) -> None:
     from vla_bench.training.run import set_up
 
     torch.set_num_threads(1)
-    options = ["--run_root_dir", folder, "--trainer.num_workers", "0", *overrides]
+    made = [f"{key}={HERE / 'experiments/runs' / place}" for key, place in MADE.items()]
+    options = ["--run_root_dir", folder, "--trainer.num_workers", "0", *made, *overrides]
     run = set_up(parse_cli(["--config_yaml", str(CONFIG), *options], "one step"))
     stream = micro_batches(run)
     run.model.train()

@@ -191,7 +191,7 @@ class Loader:
 
     def __init__(self, python: str, which: str, root: Path):
         command = [python, __file__, "--serve", which, "--root", str(root)]
-        self.process = Child(command, quiet=False)
+        self.process = Child(command)
         self.about = self.process.answer()
 
     def load(self, times: int, what: str = "load") -> dict:
