@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import socket
 import traceback
 from collections.abc import Callable
@@ -12,12 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import PartialState
 from PIL import Image
+from safetensors.torch import load_file
 
 from vla_bench.config import Config, load_config
 from vla_bench.data.layout import Layout
 from vla_bench.data.writer import LeRobotWriter
+from vla_bench.files import list_checkpoints
 from vla_bench.models.backbones.tiny import write_tiny
 from vla_bench.training.imitation import train
 from vla_bench.training.loop import read_metrics
@@ -101,6 +105,25 @@ def losses() -> Callable[[Path], list[tuple[int, float, float]]]:
         return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def goes_on_as_before(losses) -> Callable[[Path], tuple[dict, dict]]:
+    """Takes the last checkpoint of a run with an average away and lets it go on: nothing differs. Averages, raw weights."""
+
+    def check(run: Path) -> tuple[dict, dict]:
+        last = list_checkpoints(run)[-1]
+        names = ("model.safetensors", "trainer/weights.safetensors")
+        whole, seen = [load_file(last / name) for name in names], losses(run)
+        shutil.rmtree(last)
+        train(load_config(run, "--trainer.resume true"))
+        assert losses(run) == seen
+        for before, name in zip(whole, names):
+            after = load_file(last / name)
+            assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+        return whole[0], whole[1]
+
+    return check
 
 
 @pytest.fixture(scope="session", params=["OFT", "GR00T"])
