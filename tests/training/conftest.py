@@ -127,12 +127,15 @@ def goes_on_as_before(losses) -> Callable[[Path], tuple[dict, dict]]:
 
 
 @pytest.fixture(scope="session", params=["OFT", "GR00T"])
-def straight(request, home, losses) -> SimpleNamespace:
-    """An uninterrupted run of each framework; its `folder` is only to be read."""
+def straight(request, home, losses, tmp_path_factory) -> SimpleNamespace:
+    """An uninterrupted run of each framework; its `folder` is only to be read.
+
+    A folder of its own each time: a test that another process takes over may set this up twice.
+    """
+    runs = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        options = f"--run_id straight_{request.param}"
-        run = train(configuration(home, home / "runs", options, request.param))
+        run = train(configuration(home, runs, framework=request.param))
     return SimpleNamespace(framework=request.param, folder=run, losses=losses(run))
 
 

@@ -89,11 +89,12 @@ def test_the_one_before_can_be_served(killed, observation):
     assert np.isfinite(Policy.from_pretrained(killed.run).predict(observation(), seed=0)).all()
 
 
-def test_a_restart_removes_the_unfinished_one_and_goes_on(killed, losses):
-    train(load_config(killed.run, "--trainer.resume true"))
-    assert not (killed.run / "checkpoints/.step_000004.tmp").exists()
-    assert [p.name for p in list_checkpoints(killed.run)] == ["step_000002", "step_000004", "step_000006"]
-    assert [step for step, _, _ in losses(killed.run)] == [1, 2, 3, 4, 5, 6]
+def test_a_restart_removes_the_unfinished_one_and_goes_on(killed, losses, tmp_path):
+    run = shutil.copytree(killed.run, tmp_path / "run")
+    train(load_config(run, f"--run_root_dir {tmp_path} --trainer.resume true"))
+    assert not (run / "checkpoints/.step_000004.tmp").exists()
+    assert [p.name for p in list_checkpoints(run)] == ["step_000002", "step_000004", "step_000006"]
+    assert [step for step, _, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
 
 
 def draws() -> list:

@@ -76,7 +76,7 @@ def mixed(config, robots, overrides="", framework="GR00T", **more):
 
 
 @pytest.fixture(scope="module", params=["GR00T", "OFT", "PI05"])
-def trained(request, robots, home, losses):
+def trained(request, robots, home, losses, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         tree = load_config(home / "toy.yaml").to_dict()
@@ -90,7 +90,7 @@ def trained(request, robots, home, losses):
         if request.param == "PI05":  # its prompt holds the state
             data["normalization"] = {"action": "q99", "state": "q99"}
         tree["datasets"] = {"vla_data": data}
-        tree |= {"run_root_dir": str(robots / "runs"), "run_id": request.param}
+        tree |= {"run_root_dir": str(tmp_path_factory.mktemp("runs")), "run_id": request.param}
         cfg = load_config(tree, "--trainer.max_train_steps 4 --trainer.save_interval 2")
         run = train(cfg)
     return SimpleNamespace(folder=run, losses=losses(run))

@@ -254,6 +254,7 @@ TREE = {
         ({"trainer": {**TREE["trainer"], "betas": [1, 3]}}, ["trainer.betas is [1, 2] there and [1, 3] here"]),
         *(({"trainer": {**TREE["trainer"], key: 7}}, []) for key in FREE_KEYS),
         ({"evaluation": {"tasks": ["y"], "more": 1}}, []),
+        ({"run_root_dir": "elsewhere", "run_id": "moved"}, []),
         ({"trainer": {}, "a": 5}, [
             "a is 1 there and 5 here", "trainer.betas is [1, 2] there and None here",
             "trainer.weight_decay is 0.1 there and None here",

@@ -312,7 +312,7 @@ def differences(
 ) -> list[str]:  # "trainer.weight_decay is 0.01 there and 0.5 here"
     """The keys in which two configurations differ, but for those that change nothing that is learned."""
     saved, now = _flat(_named(saved)), _flat(_named(now))
-    free = ("evaluation", "wandb_", *(f"trainer.{key}" for key in FREE_KEYS))
+    free = ("evaluation", "wandb_", "run_root_dir", "run_id", *(f"trainer.{key}" for key in FREE_KEYS))
     return [
         f"{key} is {saved.get(key)!r} there and {now.get(key)!r} here"
         for key in sorted(saved.keys() | now.keys())
