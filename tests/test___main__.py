@@ -61,6 +61,11 @@ MISTAKES = {
         "wrong": (["--config_yaml", str(RUN)], "datasets.vlm_data is missing"),
         "no file": (["--config_yaml", "nowhere.yaml"], "nowhere.yaml"),
     },
+    "serve": {
+        "missing": ([], "--checkpoint"),
+        "wrong": (["--checkpoint", str(RUN), "--host", "0.0.0.0"], "so the server needs a key"),
+        "no file": (["--checkpoint", "nowhere"], "nowhere"),
+    },
     "evaluate": {
         "missing": ([], "--run"),
         "wrong": (["--run", str(RUN), "evaluation.episods=3"], "did you mean 'evaluation.episodes'"),
@@ -246,6 +251,7 @@ FILES = [
     "evaluation/program",
     "evaluation/report",
     "serving/policy",
+    "serving/server",
     "scaffold",
 ]
 FILES += [f"models/{name}" for name in ("compatibility", "interop/convert", "interop/fluxvla")]
