@@ -12,7 +12,7 @@ __all__ = ['logger', 'DIALECTS', 'INLINE', 'ServerSettings', 'is_loopback', 'is_
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
     __package__ = "vla_bench.serving"  # run as a file: the imports below are relative to it (PEP 366)
 
-# %% ../../nbs/serving/40_server.ipynb #5f1e3227
+# %% ../../nbs/serving/40_server.ipynb #72bed673
 import argparse
 import asyncio
 import hmac
@@ -44,6 +44,8 @@ from .batching import Batcher, BatchPolicy
 from .openpi import OpenPI
 from .protocol import Limits, unpack
 from .service import Dialect, Service, refusal
+from .starvla import StarVLA
+from .vla_eval import VlaEval
 
 logger = logging.getLogger("vla_bench.serving")
 
@@ -84,8 +86,8 @@ def is_loopback(host: str) -> bool:
     except ValueError:  # the name of a machine
         return False
 
-# %% ../../nbs/serving/40_server.ipynb #50a36da4
-DIALECTS: dict[str, type[Dialect]] = {"/": OpenPI}
+# %% ../../nbs/serving/40_server.ipynb #fa1b01d4
+DIALECTS: dict[str, type[Dialect]] = {"/": OpenPI, "/starvla": StarVLA, "/vla-eval": VlaEval}
 _JSON = "application/json"
 
 
