@@ -46,6 +46,7 @@ def test_evaluate_writes_where_it_is_told(tmp_path):
 
 
 HERE = str(Path(__file__))
+TRAIN = str(Path(__file__).parents[1] / "experiments/train.ipynb")
 PI0 = str(Path(__file__).parents[1] / "experiments/configs/convert/openpi_pi0.yaml")
 MISTAKES = {
     "train": {
@@ -65,6 +66,16 @@ MISTAKES = {
         "missing": ([], "--checkpoint"),
         "wrong": (["--checkpoint", str(RUN), "--host", "0.0.0.0"], "so the server needs a key"),
         "no file": (["--checkpoint", "nowhere"], "nowhere"),
+    },
+    "launch": {
+        "missing": ([], "notebook"),
+        "wrong": ([TRAIN, "-p", "confg", "a.yaml"], "did you mean 'config'"),
+        "no file": (["nowhere.ipynb"], "no notebook at nowhere.ipynb"),
+    },
+    "vlm": {
+        "missing": ([], "--config_yaml"),
+        "wrong": (["--config_yaml", str(RUN)], "datasets.vla_data: this program learns from language alone"),
+        "no file": (["--config_yaml", "nowhere.yaml"], "nowhere.yaml"),
     },
     "evaluate": {
         "missing": ([], "--run"),
@@ -248,6 +259,9 @@ PACKAGE = Path(__file__).parents[1] / "vla_bench"
 FILES = [
     "training/imitation",
     "training/cotrain",
+    "training/adapters",
+    "training/submit",
+    "training/vlm",
     "evaluation/program",
     "evaluation/report",
     "serving/policy",

@@ -101,7 +101,10 @@ def small(command: str) -> list[str]:
         words += [] if "overrides" in words else ["-p", "overrides", ""]
         i = words.index("overrides") + 1
         words[i] = re.sub(r" trainer.max_train_steps=\d+", "", words[i])
-        words[i] += f" {SHORT}" if "experiments/evaluate.ipynb" in words else f" {TRAIN} {SHORT}"
+        without_robots = " trainer.max_train_steps=2 trainer.warmup_steps=1"
+        words[i] += {"evaluate": f" {SHORT}", "vlm": without_robots}.get(
+            Path(words[1]).stem, f" {TRAIN} {SHORT}"
+        )
     if words[:2] == ["vla_bench", "train"]:
         words += TRAIN.split() + SHORT.split()
     return words
@@ -178,7 +181,9 @@ def test_what_is_not_run_here_is_run_elsewhere(command):
 def test_a_command_does_what_it_says(command, clone, made, server, request):
     by_make = command == "make quickstart" or essence(command) in made
     words = small(command)
-    if by_make or re.search("quickstart|cotrain", " ".join(words)):  # reads what the quickstart made
+    if by_make or re.search(
+        "quickstart|cotrain|vlm.ipynb", " ".join(words)
+    ):  # reads what the quickstart made
         request.getfixturevalue("quickstart")
     if by_make:
         return

@@ -59,7 +59,9 @@ EXTRAS = {
     "av": "train",
     "h5py": "hdf5",
     "google_crc32c": "rlds",
-} | {name: name for name in ("metaworld", "deepspeed", "wandb")}
+    "submitit": "cluster",
+    "papermill": "notebook",
+} | {name: name for name in ("metaworld", "deepspeed", "tensorboard", "trackio", "wandb")}
 
 
 def install_hint(

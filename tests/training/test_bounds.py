@@ -27,6 +27,10 @@ REFUSED = [
         ("trainer.betas", value)
         for value in ("[0.9,1]", "[-0.1,0.9]", "[.nan,0.9]", "[0.9]", "[0.9,0.9,0.9]")
     ),
+    *(("trainer.schedule", value) for value in ("linear", "5", "null", "true")),
+    *(("trainer.decay_steps", value) for value in ("0", "-1", "1.5", "true", "2")),
+    *(("trainer.keep_last", value) for value in ("0", "-1", "1.5", "true")),
+    *(("trainer.keep_every", value) for value in ("0", "1.5", "5")),
     ("trainer.mixed_precision", "fp8"),
     *(("trainer.freeze_modules", value) for value in ("5", "true", "[1]", "{vlm: 1}")),
     *(("trainer.reload_modules", value) for value in ("5", "true", "[1]", "{vlm: 1}", "vlm")),

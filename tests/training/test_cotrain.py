@@ -279,6 +279,65 @@ def test_the_first_row_is_written_once_when_a_run_starts_again_before_its_first_
     ]
 
 
+@pytest.fixture
+def several(both, talk):
+    """`several(overrides)`: robots, the conversations of `vlm_data`, and some of them again as `caption_data`."""
+
+    def made(overrides=""):
+        tree = both("", eval_dataset="talk").to_dict()
+        captions = talk | {"dataset_use": "talk%60", "eval_dataset": "talk%40", "per_device_batch_size": 2}
+        tree["datasets"]["caption_data"] = captions
+        return load_config(tree, overrides)
+
+    return made
+
+
+def test_every_section_of_conversations_has_its_own_batches_weight_and_numbers(several):
+    options = "--trainer.loss_scale.vlm 0.3 --trainer.loss_scale.caption 0.2 --trainer.eval_interval 3"
+    folder = train(several(options))
+    names = ("loss", "action_loss", "language_loss", "caption/language_loss")
+    for total, action, language, caption in logged(folder, *names):
+        assert total == pytest.approx(action + 0.3 * language + 0.2 * caption, rel=1e-6)
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "eval/language_loss" in row]
+    assert [row["step"] for row in rows] == [0, 3, 6]
+    first, last = rows[0], rows[-1]
+    for name in ("eval/language_loss", "eval/caption/language_loss"):
+        assert last[name] < first[name]
+    assert first["eval/caption/language_loss"] != first["eval/language_loss"]
+    assert 0 <= last["eval/caption/answer_accuracy"] <= 1
+    others = json.loads((list_checkpoints(folder)[-1] / "trainer/progress.json").read_text())["others"]
+    assert others == {"vlm": {"rows": 5, "batch_size": 3}, "caption": {"rows": 3, "batch_size": 2}}
+
+
+def test_a_second_section_of_weight_zero_changes_nothing(several, both):
+    one = train(both("--run_id one", eval_dataset="talk"))
+    two = train(several("--run_id two --trainer.loss_scale.caption 0"))
+    names = ("loss", "action_loss", "language_loss", "grad_norm")
+    assert logged(two, *names) == logged(one, *names)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ("--datasets.captoin_data.per_device_batch_size 2", "did you mean 'caption_data'"),
+        ("--datasets.caption_dat.per_device_batch_size 2", "did you mean 'datasets.caption_data'"),
+        (
+            "--datasets.caption_data.dataset_use tlak",
+            "datasets.caption_data.dataset_use: unknown dataset 'tlak'",
+        ),
+        (
+            "--datasets.caption_data.over_long cut",
+            "datasets.caption_data.over_long must be 'drop' or 'refuse'",
+        ),
+        ("--trainer.loss_scale.captoin 1", "did you mean 'caption'"),
+    ],
+)
+def test_a_misspelt_section_is_told_with_the_nearest_one(several, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        train(several(overrides))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_over_long_conversations_are_dropped_and_a_batch_of_none_moves_nothing(both, config):
     """The answers are learned by nobody, so the step is that of imitation; and the log says how many were dropped."""
     cfg = both("--trainer.weight_decay 0", model_max_length=4)

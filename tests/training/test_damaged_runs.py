@@ -273,16 +273,38 @@ def test_a_policy_without_the_trainers_half_is_served(copied, whole, observation
     serve(copied, whole, observation)
 
 
-def test_last_good_goes_on_from_the_newest_whole_checkpoint(copied, whole, capsys):
+@pytest.mark.parametrize("key", ["resume", "is_resume"])
+@pytest.mark.parametrize("mode, kept", [("last_good", True), ("auto", "auto")])
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(copied, whole, capsys, key, mode, kept):
     torn = copied / NEWEST / "trainer/optimizer.pt"
     torn.write_bytes(torn.read_bytes()[:1000])
-    train(load_config(copied, "--trainer.resume last_good"))
+    train(load_config(copied, f"--trainer.{key} {mode}"))
     assert "optimizer.pt has 1000 bytes" in capsys.readouterr().out
     found = weights(copied / "checkpoints/step_000006")
     assert all(torch.equal(found[key], value) for key, value in whole.finished.items())
     names = {path.name for path in (copied / "checkpoints").iterdir()}
     assert names == {"step_000002", "step_000004", "step_000004.damaged", "step_000006"}
-    assert load_config(copied).to_dict()["trainer"]["resume"] is True
+    assert load_config(copied).to_dict()["trainer"]["resume"] == kept
+
+
+@pytest.mark.parametrize("mode", ["auto", "last_good"])
+def test_no_run_begins_anew_where_all_checkpoints_are_damaged(copied, mode):
+    for torn in copied.glob("checkpoints/*/model.safetensors"):
+        torn.write_bytes(torn.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="none of its 2 checkpoints is whole"):
+        train(load_config(copied, f"--trainer.resume {mode}"))
+    assert len(list(copied.glob("checkpoints/step_00000?"))) == 2
+
+
+@pytest.mark.parametrize(
+    "words", ["--trainer.resume auto", "--trainer.is_resume true", "trainer.is_resume=auto"]
+)
+def test_a_run_that_goes_on_by_itself_starts_by_itself(copied, tmp_path, words):
+    """The command of a cluster's job is the same each time: in an empty folder it starts."""
+    cfg = load_config(copied, f"{words} --run_id other --trainer.max_train_steps 2 --trainer.warmup_steps 0")
+    run = train(cfg)
+    before = (run / "checkpoints/step_000002/model.safetensors").stat()
+    assert train(cfg) == run and (run / "checkpoints/step_000002/model.safetensors").stat() == before
 
 
 def test_a_changed_configuration_file_is_noticed(copied):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -538,15 +539,16 @@ def test_errors_are_named_by_dataset_in_a_mixture_and_plain_otherwise(monkeypatc
     assert imitation.evaluate(SimpleNamespace(data=data)) == expected
 
 
-def test_a_run_that_leaves_says_so_lets_go_of_the_model_and_ends_with_143(monkeypatch):
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+def test_a_run_that_leaves_says_so_lets_go_of_the_model_and_ends(monkeypatch, number, status):
     done = []
     monkeypatch.setattr(imitation, "finish", lambda run: done.append(("finish", run.step)))
     accelerator = SimpleNamespace(print=lambda text, file: done.append((text, file)))
     run = SimpleNamespace(step=3, settings=SimpleNamespace(max_train_steps=8), accelerator=accelerator)
     with pytest.raises(SystemExit) as end:
-        imitation.leave(run)
-    text = "SIGTERM: stopped after step 3 of 8, which is saved; continue with --trainer.resume true"
-    assert done == [(text, sys.stderr), ("finish", 3)] and end.value.code == 143
+        imitation.leave(run, number)
+    text = f"{number.name}: stopped after step 3 of 8, which is saved; continue with --trainer.resume true"
+    assert done == [(text, sys.stderr), ("finish", 3)] and end.value.code == status
 
 
 def test_no_graph_is_built_to_find_the_offending_samples(config):

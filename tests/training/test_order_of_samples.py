@@ -1,11 +1,16 @@
 """The order of samples over (world size, workers, batch, accumulation, epochs, weights, resume point): 500 drawn cases."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
 from vla_bench.data.order import MixtureOrder
-from vla_bench.training.loop import BatchSampler
+from vla_bench.data.streaming import ShardOrder
+from vla_bench.training.loop import BatchSampler, make_loader
+from vla_bench.training.resume import Split, splits
+from vla_bench.training.run import Run
 
 CASES = 500
 WITH_WORKERS = range(0, CASES, 125)  # worker processes cost a second each
@@ -123,3 +128,84 @@ def test_the_order_is_the_same_at_any_world_size(case):
 def test_shares_are_met_within_one_sample_per_epoch():
     order = MixtureOrder((700, 200, 100), seed=0, shares=(0.2, 0.3, 0.5))
     assert np.abs(np.array(order.counts()) - [200, 300, 500]).max() <= 1
+
+
+def place(case: int) -> SimpleNamespace:
+    """A run of two sources, killed somewhere, that goes on from its last checkpoint with other processes."""
+    rng = np.random.default_rng([case, 23])
+    rows = rng.integers(1, 30, int(rng.integers(1, 5))).tolist()
+    seed, kind = int(rng.integers(1000)), ("plain", "mixture", "stream")[case % 3]
+    order = {
+        "plain": None,
+        "mixture": MixtureOrder(tuple(rows), seed, tuple(rng.uniform(0.2, 5, len(rows)).round(2).tolist())),
+        "stream": ShardOrder(tuple(rows), seed, int(rng.integers(1, len(rows) + 1))),
+    }[kind]
+    before = Split(*(int(number) for number in (rng.integers(1, 5), rng.integers(1, 6), rng.integers(1, 4))))
+    worlds = [world for world in (1, 2, 3, 4) if before.samples % world == 0]
+    after = rng.choice(np.array(splits(before.samples, int(rng.choice(worlds))), object))
+    steps = int(rng.integers(2, 12))
+    killed = int(rng.integers(0, steps))  # in the step after this one
+    return SimpleNamespace(
+        kind=kind, order=order, rows=sum(rows), seed=seed, steps=steps, killed=killed,
+        saved=killed - killed % int(rng.integers(1, 4)), before=before, after=after, workers=int(rng.integers(0, 3)),
+    )  # fmt: skip
+
+
+def read(case: SimpleNamespace, split: Split, first: int, stop: int, source: str, workers: int = 0) -> list:
+    """What all processes of a run read of a source in some of its steps, in the order of the positions."""
+    shared = {
+        "vla": SimpleNamespace(view=range(case.rows), batch_size=split.batch_size, order=case.order),
+        "vlm": SimpleNamespace(view=range(7), batch_size=split.batch_size * 2, order=None),
+    }
+    found = []
+    for rank in range(split.processes):
+        run = Run(
+            folder=None, seed=case.seed, data=None, spec=None, framework=None, model=None, optimizer=None,
+            scheduler=None, sources=shared, step=first,
+            settings=SimpleNamespace(gradient_accumulation_steps=split.accumulation, max_train_steps=stop),
+            accelerator=SimpleNamespace(process_index=rank, num_processes=split.processes),
+        )  # fmt: skip
+        found.append(list(make_loader(Keys(), run.sampler(source), list, workers)))
+    return sequence(found)
+
+
+def test_drawn_interruptions_vary_in_all_that_is_asked_for():
+    drawn = [place(case) for case in range(CASES)]
+    for side in ("before", "after"):
+        assert {getattr(case, side).processes for case in drawn} == {1, 2, 3, 4}
+        for name in ("batch_size", "accumulation"):
+            assert len({getattr(getattr(case, side), name) for case in drawn}) > 2
+    assert {case.kind for case in drawn} == {"plain", "mixture", "stream"}
+    assert {case.workers for case in drawn} == {0, 1, 2} and {case.killed for case in drawn} == set(range(11))
+    moved = [case for case in drawn if case.before != case.after]
+    assert CASES // 3 < len(moved) < CASES
+
+
+@pytest.mark.parametrize("case", range(CASES))
+def test_a_run_that_goes_on_elsewhere_reads_what_the_uninterrupted_one_reads(case):
+    drawn = place(case)
+    for source in ("vla", "vlm"):
+        whole = read(drawn, drawn.before, 0, drawn.steps, source)
+        kept = read(drawn, drawn.before, 0, drawn.saved, source)
+        workers = max(1, drawn.workers) if case in WITH_WORKERS else 0
+        went_on = read(drawn, drawn.after, drawn.saved, drawn.steps, source, workers)
+        assert kept + went_on == whole
+        assert [position for position, _ in whole] == list(range(len(whole)))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_the_end_of_an_epoch_is_no_place_where_ranks_are_padded(shuffled):
+    """Ten rows, batches of two, two ranks: of eight or twelve places, the padding would move with the resume point."""
+    row = (
+        (lambda position: BatchSampler(10, 0, 1).row(position))
+        if shuffled
+        else (lambda position: position % 10)
+    )
+    order = SimpleNamespace(row_at=row)
+    for first in range(6):
+        for rank in (0, 1):
+            sampler = BatchSampler(10, 0, 2, first, 6, rank, 2, order)
+            positions = [[4 * batch + 2 * rank, 4 * batch + 2 * rank + 1] for batch in range(first, 6)]
+            assert [[key[1] for key in batch] for batch in sampler] == [
+                [row(p) for p in each] for each in positions
+            ]

@@ -85,6 +85,20 @@ def test_starvla_weights_come_under_starvla_names(config, first, tmp_path, path)
     assert same(found, theirs, path.replace("qwen_vl_interface", "vlm") + ".") == {True}
 
 
+def test_a_module_that_only_starvla_has_is_said_to_be_nothing(config, first, capsys):
+    """As StarVLA's page writes it: `reload_modules: "action_model,layer_qformer"`."""
+    options = [f"trainer.pretrained_checkpoint={first}", "trainer.reload_modules=action_model,layer_qformer"]
+    found = weights_of(set_up(config(options)).framework)
+    assert same(found, load_file(latest_checkpoint(first) / "model.safetensors"), "action_model.") == {True}
+    said = capsys.readouterr().err
+    assert (
+        "trainer.reload_modules: this framework has no layer_qformer, so the name stands for nothing\n"
+        in said
+    )
+    with pytest.raises(ConfigError, match="names nothing that this framework has: layer_qformer"):
+        set_up(config([options[0], "trainer.reload_modules=layer_qformer", "run_id=none"]))
+
+
 def test_the_training_begins_with_these_weights(config, first, losses):
     options = f"--trainer.pretrained_checkpoint {first} --trainer.max_train_steps 1 --trainer.warmup_steps 0"
     ((_, loss, _),) = losses(train(config(options)))

@@ -264,7 +264,8 @@ def test_configurations_differ_in_what_is_learned(change, expected):
 
 def test_the_keys_that_change_nothing_that_is_learned_are_these():
     assert set(FREE_KEYS) == {
-        "resume", "verify", "num_workers", "log_interval", "eval_interval", "eval_samples", "save_interval"
+        "resume", "verify", "num_workers", "log_interval", "eval_interval", "eval_samples", "save_interval",
+        "keep_last", "keep_every", "trackers"
     }  # fmt: skip
 
 
@@ -340,7 +341,7 @@ def test_where_a_run_stands_is_told_in_these_numbers(config):
     run.step = 4
     told = progress(run)
     assert told == {
-        "step": 4, "position": 24, "seed": 5, "processes": 1, "rows": len(run.data.train),
+        "step": 4, "position": 24, "samples_per_step": {"vla": 6}, "seed": 5, "processes": 1, "rows": len(run.data.train),
         "held_out": run.data.held_out_episodes(), "statistics_hash": run.spec.statistics_hash,
     }  # fmt: skip
     sampler = run.sampler()
@@ -348,7 +349,7 @@ def test_where_a_run_stands_is_told_in_these_numbers(config):
     assert (sampler.rank, sampler.processes, sampler.rows) == (0, 1, len(run.view))
 
 
-@pytest.mark.parametrize("key", ["position", "seed", "processes", "rows", "held_out", "statistics_hash"])
+@pytest.mark.parametrize("key", ["position", "seed", "rows", "held_out", "statistics_hash"])
 def test_each_number_of_a_runs_place_is_compared(config, key):
     run = set_up(config())
     run.step = 1
@@ -399,7 +400,7 @@ def test_a_video_that_is_remembered_by_half_is_named(config, tmp_path, field):
 
 @pytest.mark.parametrize("resume", ["maybe", "1", "last", "None"])
 def test_a_resume_that_cannot_be_meant_is_refused(config, resume):
-    with pytest.raises(ConfigError, match="expected true, false or last_good"):
+    with pytest.raises(ConfigError, match="expected true, false, auto or last_good"):
         set_up(config([f"trainer.resume={resume}"]))
 
 

@@ -47,14 +47,18 @@ def numbers(run) -> dict:
         "tokens": batch["inputs"]["input_ids"].shape[1],
         "rates": {name[id(p)]: group["initial_lr"] for group in groups for p in group["params"]},
         "decay": {name[id(p)]: group["weight_decay"] for group in groups for p in group["params"]},
-        "betas": {group["betas"] for group in groups},
-        "schedule": [[f(step) for f in run.scheduler.lr_lambdas[:1]] for step in range(4)],
+        "optimizer": (type(run.optimizer.optimizer).__name__, {group.get("eps") for group in groups}),
+        "average": run.ema and (run.ema.decay, run.ema.warmup),
+        "betas": {group.get("betas") for group in groups},
+        "schedule": [[f(step) for f in run.scheduler.lr_lambdas[:1]] for step in range(6)],
         "specification": (run.spec.cameras, run.spec.horizon, run.spec.normalization, run.spec.state is None),
         "clipping": settings.gradient_clipping,
         "weight of the loss": {name: source.weight for name, source in run.sources.items()},
         "workers": settings.num_workers,
         "intervals": (settings.log_interval, settings.eval_interval, settings.save_interval),
+        "kept": (settings.keep_last, settings.keep_every),
         "measured": settings.eval_samples,
+        "trackers": run.trackers,
     }
 
 
@@ -77,17 +81,26 @@ CHANGES = [
     ("trainer.freeze_modules=vlm.model.model.visual", {"rates", "decay"}),
     ("trainer.betas=[0.8,0.95]", {"betas"}),
     ("trainer.betas=[0.9,0.99]", {"betas"}),
+    ("trainer.optimizer=sgd", {"optimizer", "betas"}),
+    ("trainer.optimizer_args={eps: 1.0e-6}", {"optimizer"}),
     ("trainer.weight_decay=0.02", {"decay"}),
     ("trainer.warmup_steps=3", {"schedule"}),
     ("trainer.min_lr_ratio=0.5", {"schedule"}),
+    ("trainer.schedule=wsd", {"schedule"}),
+    (["trainer.schedule=wsd", "trainer.decay_steps=4"], {"schedule"}),
     ("trainer.gradient_clipping=0.5", {"clipping"}),
+    ("trainer.ema_decay=0.9", {"average"}),
+    ("trainer.peft={type: LORA, target_modules: [q_proj]}", {"weights", "rates", "decay"}),
     ("trainer.loss_scale={vla: 0.5}", {"weight of the loss"}),
     ("trainer.mixed_precision=bf16", {"precision"}),
     ("trainer.num_workers=1", {"workers"}),
     ("trainer.log_interval=2", {"intervals"}),
     ("trainer.eval_interval=2", {"intervals"}),
     ("trainer.save_interval=2", {"intervals"}),
+    ("trainer.keep_last=2", {"kept"}),
+    (["trainer.keep_last=2", "trainer.keep_every=3"], {"kept"}),
     ("trainer.eval_samples=2", {"measured"}),
+    ("trainer.trackers=[tensorboard]", {"trackers"}),
     ("trainer.verify=true", {"compared"}),
     ("seed=1", {"weights", "noise", "augmentation", *SPLIT, *SEEN}),
     (f"{VLA}.cameras=[wrist,front]", {*SEEN, "specification"}),
@@ -122,7 +135,7 @@ def unchanged():
 def test_a_setting_changes_what_it_names_and_nothing_else(config, unchanged, change, names):
     if not unchanged:
         unchanged.update(numbers(set_up(config("run_id=unchanged"))))
-    found = numbers(set_up(config([change])))
+    found = numbers(set_up(config([change] if isinstance(change, str) else change)))
     assert {name for name in found if found[name] != unchanged[name]} == names
 
 
@@ -248,9 +261,11 @@ def test_shared_statistics_change_the_numbers_and_nothing_else(config, arm, unch
 
 
 def test_every_key_is_changed_alone_by_one_of_these():
-    changed = {key.partition("=")[0] for key, _ in CHANGES}
+    words = [word for change, _ in CHANGES for word in ([change] if isinstance(change, str) else change)]
+    changed = {word.partition("=")[0] for word in words}
     trainer = {name.split(".")[1] for name in changed if name.startswith("trainer.")}
-    elsewhere = {"pretrained_checkpoint", "reload_modules", "resume"}  # test_pretrained, test_imitation
+    # test_pretrained, test_imitation, test_ema
+    elsewhere = {"pretrained_checkpoint", "reload_modules", "resume", "ema_warmup"}
     assert trainer | elsewhere == {f.name for f in fields(TrainerSettings)}
     data = {name.split(".")[2] for name in changed if name.startswith(f"{VLA}.")}
     data |= {key for change, _ in OF_AN_ARM for key in change}
@@ -265,17 +280,27 @@ def test_the_defaults_are_these():
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-4,
         "freeze_modules": None,
+        "optimizer": "adamw",
+        "optimizer_args": None,
         "betas": (0.9, 0.95),
         "weight_decay": 0.0,
+        "schedule": "cosine",
         "warmup_steps": 0,
         "min_lr_ratio": 0.0,
+        "decay_steps": None,
         "gradient_clipping": 1.0,
+        "ema_decay": None,
+        "ema_warmup": False,
+        "peft": None,
         "mixed_precision": "no",
         "num_workers": 1,
         "log_interval": 10,
         "eval_interval": 500,
         "save_interval": 1000,
+        "keep_last": None,
+        "keep_every": None,
         "eval_samples": 1024,
+        "trackers": None,
         "pretrained_checkpoint": None,
         "reload_modules": None,
         "loss_scale": None,

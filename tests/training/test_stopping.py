@@ -1,4 +1,4 @@
-"""SIGTERM saves and leaves, and the run goes on as if nothing had been; Ctrl-C costs one line."""
+"""SIGTERM and SIGUSR1 save and leave, and the run goes on as if nothing had been; Ctrl-C costs one line."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from vla_bench.training import imitation, stopping
 from vla_bench.training.checkpoint import latest_checkpoint, list_checkpoints
 from vla_bench.training.imitation import train
 from vla_bench.training.run import set_up
-from vla_bench.training.stopping import ECHO_S, StopRequest, agreed, interruptible, stop_requests
+from vla_bench.training.stopping import ECHO_S, STATUS, StopRequest, agreed, interruptible, stop_requests
 
 
 @pytest.fixture(autouse=True)
@@ -53,22 +53,30 @@ def names(run: Path) -> list[str]:
     return [path.name for path in list_checkpoints(run)]
 
 
-@pytest.fixture
-def stopped(config, straight, tmp_path, monkeypatch, capsys):
-    """A run that got SIGTERM in step 4: what it printed, its exit status."""
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def stopped(request, config, straight, tmp_path, monkeypatch, capsys):
+    """A run that got a signal in step 4: which, what it printed, its exit status."""
     with monkeypatch.context() as patch:
-        send(signal.SIGTERM, step=4, monkeypatch=patch)
+        send(request.param, step=4, monkeypatch=patch)
         with pytest.raises(SystemExit) as left:
             train(config("--trainer.num_workers 1", straight.framework))
-    return capsys.readouterr(), left.value.code
+    return request.param, capsys.readouterr(), left.value.code
 
 
-def test_sigterm_saves_the_step_and_leaves_with_143(stopped, tmp_path):
-    said, status = stopped
-    assert status == 143
+def test_a_request_saves_the_step_and_leaves_with_its_status(stopped, tmp_path):
+    number, said, status = stopped
+    assert status == {signal.SIGTERM: 143, signal.SIGUSR1: 75}[number] == STATUS[number]
     assert names(tmp_path / "run") == ["step_000003", "step_000004"]
-    line = "SIGTERM: stopped after step 4 of 6, which is saved; continue with --trainer.resume true\n"
-    assert said.err.endswith(line) and said.err.count("SIGTERM") == 1 and said.out == ""
+    line = f"{number.name}: stopped after step 4 of 6, which is saved; continue with --trainer.resume true\n"
+    assert said.err.endswith(line) and said.err.count(number.name) == 1 and said.out == ""
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR1)])
+def test_a_job_that_is_to_come_back_does_so_also_when_its_time_is_up(config, tmp_path, monkeypatch, numbers):
+    send(*numbers, step=4, monkeypatch=monkeypatch)
+    with pytest.raises(SystemExit) as left:
+        train(config())
+    assert left.value.code == 75 and names(tmp_path / "run") == ["step_000003", "step_000004"]
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(stopped, straight, tmp_path, losses):
@@ -84,15 +92,16 @@ def test_sigterm_at_a_step_that_is_saved_anyway_and_measured(config, tmp_path, m
     assert '"eval/action_error"' in (tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1]
 
 
-def test_sigterm_in_the_last_step_is_the_end_of_the_run(config, monkeypatch):
-    send(signal.SIGTERM, step=6, monkeypatch=monkeypatch)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_in_the_last_step_is_the_end_of_the_run(config, monkeypatch, number):
+    send(number, step=6, monkeypatch=monkeypatch)
     assert names(train(config())) == ["step_000003", "step_000006"]
 
 
-def test_afterwards_sigterm_does_what_it_did_before(config):
-    before = signal.getsignal(signal.SIGTERM)
+def test_afterwards_signals_do_what_they_did_before(config):
+    before = [signal.getsignal(number) for number in STATUS]
     train(config("--trainer.max_train_steps 3"))
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert [signal.getsignal(number) for number in STATUS] == before
 
 
 def test_a_training_in_another_thread_needs_no_signals(config):
@@ -103,7 +112,7 @@ def test_a_training_in_another_thread_needs_no_signals(config):
     assert names(found[0]) == ["step_000003"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_workers_leave_signals_to_the_training(config, number):
     run = set_up(config())
     stream = iter(imitation.make_loader(run.view, run.sampler(), run.framework.prepare, num_workers=1))
@@ -233,8 +242,10 @@ HEARD = (signal.SIGTERM, signal.SIG_DFL)
 def test_the_second_request_ends_a_process_of_its_own(told, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     request = StopRequest()
-    assert request.asked_at is None and request.launched is False
+    assert (request.asked_at, request.again, request.termed_at) == (None, False, None)
+    assert request.launched is False
     request.receive(signal.SIGTERM, None)
+    assert request.again is False
     assert request.asked_at == 100.0 and told.done == [HEARD]
     told.now = 103.0
     request.receive()
@@ -256,30 +267,66 @@ def test_a_launchers_echo_ends_nothing_and_a_later_request_does(told, monkeypatc
     )
 
 
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_job_that_is_to_come_back_is_not_ended_by_its_first_sigterm(told, monkeypatch, launched):
+    """SIGUSR1 two minutes before the end, SIGTERM at the end, and SIGTERM again."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "it") if launched else monkeypatch.delenv(
+        "TORCHELASTIC_RUN_ID", False
+    )
+    request = StopRequest()
+    for _ in range(3):
+        request.receive(signal.SIGUSR1, None)
+    assert (request.asked_at, request.again, request.termed_at) == (100.0, True, None) and told.done == []
+    told.now = 220.0
+    request.receive(signal.SIGTERM, None)
+    assert (request.asked_at, request.again, request.termed_at) == (100.0, True, 220.0)
+    assert told.done == ([] if launched else [HEARD])
+    told.now = 230.0
+    request.receive(signal.SIGTERM, None)
+    assert (os.getpid(), signal.SIGTERM) in told.done or not launched
+
+
+@pytest.mark.parametrize("number", STATUS)
 @pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN, lambda *_: None])
-def test_sigterm_does_afterwards_what_it_did_before_also_after_an_error(before):
-    own = signal.signal(signal.SIGTERM, before)
+def test_a_signal_does_afterwards_what_it_did_before_also_after_an_error(number, before):
+    own = signal.signal(number, before)
+    (other,) = STATUS.keys() - {number}
     try:
         with pytest.raises(KeyError), stop_requests() as request:
             ignored = before is signal.SIG_IGN
-            assert (signal.getsignal(signal.SIGTERM) is signal.SIG_IGN) == ignored
-            assert ignored or signal.getsignal(signal.SIGTERM) == request.receive
+            assert (signal.getsignal(number) is signal.SIG_IGN) == ignored
+            assert ignored or signal.getsignal(number) == request.receive
+            assert signal.getsignal(other) == request.receive
             raise KeyError
-        assert signal.getsignal(signal.SIGTERM) is before
+        assert signal.getsignal(number) is before
     finally:
-        signal.signal(signal.SIGTERM, own)
+        signal.signal(number, own)
+
+
+TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
+NOBODY, STOP, AGAIN = [0.0, 0.0], [1.0, 0.0], [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
-    "own, others, expected", [(None, 0.0, False), (3.0, 0.0, True), (None, 1.0, True), (3.0, 2.0, True)]
+    "asked_at, again, others, expected",
+    [
+        (None, False, NOBODY, None),
+        (3.0, False, NOBODY, TERM),
+        (None, False, STOP, TERM),
+        (3.0, False, STOP, TERM),
+        (3.0, True, NOBODY, USR1),
+        (None, False, AGAIN, USR1),
+        (3.0, False, AGAIN, USR1),
+        (3.0, True, STOP, USR1),
+    ],
 )
-def test_all_stop_when_any_was_asked(own, others, expected):
+def test_all_stop_when_any_was_asked_and_for_the_same(asked_at, again, others, expected):
     def reduce(value, how):
         assert how == "sum"
-        return value + others
+        return value + torch.tensor(others)
 
     accelerator = SimpleNamespace(device="cpu", reduce=reduce)
-    assert agreed(SimpleNamespace(asked_at=own), accelerator) is expected
+    assert agreed(SimpleNamespace(asked_at=asked_at, again=again), accelerator) is expected
 
 
 @pytest.mark.parametrize("rank, said", [(None, True), ("0", True), ("1", False)])

@@ -10,6 +10,7 @@ import torch
 
 from vla_bench.config import ConfigError, load_config
 from vla_bench.models.backbones.tiny_composed import write_tiny_composed
+from vla_bench.models.frameworks.framework import Framework
 from vla_bench.models.heads.mlp import MLPHead
 from vla_bench.registry import HEADS
 from vla_bench.training.imitation import other_losses, train
@@ -156,3 +157,53 @@ def test_a_loss_is_logged_wherever_its_name_stands_in_the_alphabet():
     assert found == {"a_first": 2.0, "loss/loss": 4.0, "text_loss": 3.0}
     both = sources | {"vlm": SimpleNamespace(loss="text_loss")}
     assert other_losses(SimpleNamespace(losses=losses, sources=both)) == found | {"action_loss": 1.0}
+
+
+SEEDS = (
+    '--trainer.freeze_modules "qwen_vl_interface.model.model.visual,dino_encoder" --trainer.learning_rate.base 1e-05 '
+    "--trainer.learning_rate.qwen_vl_interface 2.0e-05 --trainer.learning_rate.action_model 1.0e-04 "
+    "--trainer.max_train_steps 2 --trainer.warmup_steps 0"
+)
+
+
+def test_starvlas_command_freezes_and_trains_what_it_names(config, capsys):
+    before = set_up(config(f"{SEEDS} --run_id before"))
+    assert {g["name"]: g["initial_lr"] for g in before.optimizer.param_groups if "/" not in g["name"]} == {
+        "base": 1e-5, "vlm": 2e-5, "action_model": 1e-4
+    }  # fmt: skip
+    weights = {name: value.clone() for name, value in before.framework.state_dict().items()}
+    after = Framework.from_pretrained(train(config(SEEDS))).state_dict()
+    same = {name for name in weights if torch.equal(weights[name], after[name])}
+    visual = {name for name in weights if name.startswith("vlm.model.model.visual.")}
+    assert visual <= same and any(
+        name.startswith("vlm.model.model.language_model.") for name in weights.keys() - same
+    )
+    assert "this framework has no dino_encoder, so the name stands for nothing\n" in capsys.readouterr().err
+
+
+def test_a_frozen_backbone_is_the_same_bit_for_bit_after_training(config):
+    options = "--trainer.freeze_modules vlm --trainer.weight_decay 0.3 --trainer.max_train_steps 3"
+    before = set_up(config(f"{options} --run_id before", "GR00T")).framework.vlm.state_dict()
+    after = Framework.from_pretrained(train(config(options, "GR00T"))).vlm.state_dict()
+    assert len(before) > 20 and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("pattern", ["vlm.*.layers.[0-3].*", r"re:vlm\..*layers\.\d+\..*"])
+def test_a_pattern_freezes_the_layers_that_it_fits(config, pattern):
+    framework = set_up(config([f"trainer.freeze_modules={pattern}"])).framework
+    frozen = {name for name, p in framework.named_parameters() if not p.requires_grad}
+    assert (
+        frozen
+        >= {n for n, _ in framework.named_parameters() if ".layers.0." in n and n.startswith("vlm.")}
+        > set()
+    )
+    assert all(".layers.0." in name for name in frozen)
+
+
+def test_dino_encoders_are_frozen_wherever_they_stand(config, tmp_path):
+    sizes = {"image_size": 32, "hidden_size": 32, "num_layers": 1, "vision_hidden_size": 32}
+    write_tiny_composed("dinosiglip", tmp_path / "pair", **sizes, vision_layers=2)
+    run = set_up(config(f"--framework.vlm.base_vlm {tmp_path}/pair --trainer.freeze_modules dino_encoder"))
+    parameters = dict(run.framework.vlm.model.model.named_parameters())
+    frozen = {name for name, p in parameters.items() if not p.requires_grad}
+    assert frozen == {name for name in parameters if ".dinov2." in name} > set()

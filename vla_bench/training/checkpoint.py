@@ -45,6 +45,7 @@ from vla_bench.files import (
     write_manifest,
     write_whole_folder,
 )
+from ..models.frameworks.alone import ALONE, without_policy
 from ..models.frameworks.framework import Framework
 
 # %% ../../nbs/training/10_checkpoint.ipynb #9c36d4a5
@@ -67,7 +68,7 @@ def find_checkpoint(
 ) -> Path:
     """The checkpoint that is meant. Raises `FileNotFoundError` naming those that exist."""
     folder = Path(folder)
-    if (folder / "policy.json").is_file():
+    if any((folder / name).is_file() for name in ("policy.json", ALONE)):
         return folder
     known = {p.name: p for p in list_checkpoints(folder)}
     if not known:
@@ -113,9 +114,13 @@ def save_trainer(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     rng: Sequence[Mapping],  # `rng_state()` of every process
     progress: Mapping[str, Any],  # plain numbers, strings, lists
+    raw: Mapping[str, torch.Tensor]
+    | None = None,  # the trained weights, where the model file holds their average
 ) -> None:
     """Writes `trainer/` into a checkpoint that is being made."""
     (folder / "trainer").mkdir()
+    if raw is not None:
+        save_file(dict(raw), folder / "trainer/weights.safetensors")
     state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
     with (folder / "trainer/optimizer.pt").open(
         "wb"
@@ -158,11 +163,11 @@ def load_trainer(
     *,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
-    rank: int = 0,  # of this process
+    rank: int | None = 0,  # of this process; None: its generators are left alone
 ) -> None:
     """Restores optimizer, schedule and the generators of this process. Raises `ValueError` when they do not fit."""
     rng, path = load_rng(folder), folder / "trainer/optimizer.pt"
-    if rank >= len(rng):
+    if rank is not None and rank >= len(rng):
         raise ValueError(
             f"{folder} was saved by {len(rng)} processes; continue it with as many, not {rank + 1}"
         )
@@ -177,8 +182,9 @@ def load_trainer(
     with naming(path):
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-    with naming(folder / "trainer/rng.json"):
-        set_rng_state(rng[rank])
+    if rank is not None:
+        with naming(folder / "trainer/rng.json"):
+            set_rng_state(rng[rank])
 
 # %% ../../nbs/training/10_checkpoint.ipynb #full0001
 @contextmanager
@@ -214,25 +220,28 @@ def save_checkpoint(
     step: int,  # optimizer steps seen
     *,
     framework: Framework,
-    spec: PolicySpec,
+    spec: PolicySpec | None,  # None for a backbone that learned from language alone
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     rng: Sequence[Mapping],  # `rng_state()` of every process
     progress: Mapping[str, Any],  # the trainer's place, as in `save_trainer`
     weights: Mapping[str, torch.Tensor] | None = None,  # gathered ones, if the model is sharded
+    raw: Mapping[str, torch.Tensor] | None = None,  # as in `save_trainer`
 ) -> Path:
     """Writes `checkpoints/step_…`, whole or not at all. To be called by one process.
 
     Raises `NotWrittenError` for a full disk, with the checkpoints before as they were.
     """
     final = Path(run) / "checkpoints" / f"step_{step:06d}"
-    needed = tensor_bytes([weights or framework.state_dict(), optimizer.state_dict()])
+    needed = tensor_bytes([weights or framework.state_dict(), optimizer.state_dict(), raw])
     with what_stands(run), write_whole_folder(final, needed) as folder:
         framework.save_pretrained(folder)
         if weights is not None:
             save_file({k: v.clone() for k, v in weights.items()}, folder / "model.safetensors")
-        write_json(folder / "policy.json", spec_to_dict(spec))
-        save_trainer(folder, optimizer=optimizer, scheduler=scheduler, rng=rng, progress=progress)
+        if spec is not None:
+            write_json(folder / "policy.json", spec_to_dict(spec))
+        states = {"optimizer": optimizer, "scheduler": scheduler, "rng": rng, "progress": progress}
+        save_trainer(folder, **states, raw=raw)
         write_manifest(folder)
     return final
 
@@ -270,15 +279,21 @@ def check_checkpoint(
     verify: bool = False,  # every byte
 ) -> None:
     """Raises `ValueError` or `FileNotFoundError`, in one line that names the file, for a checkpoint that is not whole."""
-    needed = ["model.safetensors", "framework.json", "policy.json"]
+    alone = (checkpoint / ALONE).is_file()
+    if alone and not resume:
+        raise without_policy(checkpoint)
+    needed = ["model.safetensors", *([ALONE] if alone else ["framework.json", "policy.json"])]
     needed += ["trainer/optimizer.pt", "trainer/rng.json", "trainer/progress.json"] if resume else []
     check_manifest(checkpoint, verify=verify or resume, without=None if resume else "trainer")
     if resume and not (checkpoint / "trainer").exists():
         load_progress(checkpoint)  # says that it can be served
     if missing := [name for name in needed if not (checkpoint / name).is_file()]:
         raise FileNotFoundError(f"{checkpoint / missing[0]} is missing: the checkpoint is not whole")
-    read_spec(checkpoint)
-    read_json(checkpoint / "framework.json")
+    if alone:
+        read_json(checkpoint / ALONE)
+    else:
+        read_spec(checkpoint)
+        read_json(checkpoint / "framework.json")
     if resume:
         load_progress(checkpoint)
         load_rng(checkpoint)

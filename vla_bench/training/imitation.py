@@ -7,7 +7,7 @@ Docs: https://vla-bench.github.io/vla_bench/training/imitation.html.md"""
 # %% auto #0
 __all__ = ['OWN', 'step_shares', 'micro_batches', 'update', 'check_finite_losses', 'not_finite', 'held_out_errors', 'evaluate',
            'learning_rates', 'other_losses', 'dropped', 'dropped_row', 'speed', 'due', 'show_parts', 'progress_bar',
-           'leave', 'fit', 'train', 'main']
+           'open_log', 'leave', 'fit', 'train', 'main']
 
 # %% ../../nbs/training/30_imitation.ipynb #ce21e451
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -15,9 +15,11 @@ if __name__ == "__main__" and "__file__" in globals() and not __package__:
 
 # %% ../../nbs/training/30_imitation.ipynb #2cb06b5f
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +30,12 @@ from tqdm import tqdm
 
 from ..config import Config, cli_errors, parse_cli
 from .data import Member
+from .ema import on_average
 from .loop import EvaluationView, MetricsLog, action_error_sums, error_row, make_loader
 from .optim import parts_text
 from .run import Run, finish, save, set_up
-from .stopping import agreed, interruptible, stop_requests
+from .stopping import STATUS, agreed, interruptible, stop_requests
+from .trackers import close_trackers, open_trackers
 
 # %% ../../nbs/training/30_imitation.ipynb #1d32dadd
 def step_shares(
@@ -78,6 +82,8 @@ def update(
             run.optimizer.zero_grad()
     run.scheduler.step()
     run.step += 1
+    if run.ema:
+        run.ema.update(run.step)
     sums = torch.stack([torch.stack([each[name] for each in losses]).sum() for name in losses[0]])
     run.losses = dict(zip(losses[0], accelerator.reduce(sums, "sum").tolist()))
     return sum(s.weight * run.losses[s.loss] for s in run.sources.values()), norm
@@ -216,13 +222,37 @@ def progress_bar(run: Run) -> tqdm:
     steps = {"total": run.settings.max_train_steps, "initial": run.step}
     return tqdm(**steps, desc=run.folder.name, mininterval=2.0, disable=not run.accelerator.is_main_process)
 
+# %% ../../nbs/training/30_imitation.ipynb #ab17c002
+@contextmanager
+def open_log(run: Run) -> Iterator[Callable[..., None]]:
+    """What takes a step and its numbers, on the main process to `metrics.jsonl` and the trackers, elsewhere nowhere."""
+    if not run.accelerator.is_main_process:
+        yield lambda step, **values: None
+        return
+    # a row of step 0 is written anew, as no checkpoint holds that step
+    log = MetricsLog(run.folder / "metrics.jsonl", run.step or -1)
+    trackers = open_trackers(run.trackers, run.folder, run.step, run.configuration)
+
+    def write(step: int, **values: float) -> None:
+        if values:
+            log.write(step, **values)
+            for tracker in trackers:
+                tracker.log(step, values)
+
+    try:
+        yield write
+    finally:
+        close_trackers(trackers)
+
 # %% ../../nbs/training/30_imitation.ipynb #stop0020
-def leave(run: Run) -> None:
-    """Ends a process that was asked to stop and has saved: one line, and the status of a program that SIGTERM ended."""
-    stopped = f"SIGTERM: stopped after step {run.step} of {run.settings.max_train_steps}, which is saved"
+def leave(run: Run, number: signal.Signals) -> None:
+    """Ends a process that a signal asked to stop and that has saved: one line, and the status that belongs to it."""
+    stopped = (
+        f"{number.name}: stopped after step {run.step} of {run.settings.max_train_steps}, which is saved"
+    )
     run.accelerator.print(f"{stopped}; continue with --trainer.resume true", file=sys.stderr)
     finish(run)
-    raise SystemExit(143)
+    raise SystemExit(STATUS[number])
 
 # %% ../../nbs/training/30_imitation.ipynb #2bb96aee
 def fit(
@@ -234,21 +264,18 @@ def fit(
     """Trains from the present step to the last one.
 
     Raises `FloatingPointError`, with the offending samples named, when the loss is no longer a number. After SIGTERM it
-    saves and exits with status 143.
+    saves and exits with status 143, after SIGUSR1 with 75.
     """
     show(run)
-    settings = run.settings
-    log = None
-    if run.accelerator.is_main_process:  # a row of step 0 is written anew, as no checkpoint holds that step
-        log = MetricsLog(run.folder / "metrics.jsonl", run.step or -1)
-    if measure_first and run.step == 0 and (row := measure(run)) and log:
-        log.write(0, **row)
-    stream = micro_batches(run)
-    run.model.train()
+    settings, measure = run.settings, on_average(measure)
     times: list[tuple[float, float]] = []
     left_out: list[list[int]] = []
-    stopping = False
-    with stop_requests() as request, progress_bar(run) as bar:
+    stopping = None
+    with open_log(run) as write, stop_requests() as request, progress_bar(run) as bar:
+        if measure_first and run.step == 0:
+            write(0, **measure(run))
+        stream = micro_batches(run)
+        run.model.train()
         while run.step < settings.max_train_steps and not stopping:
             started = time.perf_counter()
             batches = [next(stream) for _ in range(settings.gradient_accumulation_steps)]
@@ -262,18 +289,15 @@ def fit(
                 others = other_losses(run) | dropped_row(run, left_out)
                 shown = {name: f"{value:.4f}" for name, value in {"loss": loss, **others}.items()}
                 bar.set_postfix(shown, refresh=False)
-                if log:
-                    log.write(
-                        run.step, loss=loss, **others, grad_norm=grad_norm, **rates, **speed(run, times)
-                    )
+                write(run.step, loss=loss, **others, grad_norm=grad_norm, **rates, **speed(run, times))
                 times, left_out = [], []
-            if due(run, settings.eval_interval) and (row := measure(run)) and log:
-                log.write(run.step, **row)
+            if due(run, settings.eval_interval):
+                write(run.step, **measure(run))
             stopping = agreed(request, run.accelerator)
             if due(run, settings.save_interval) or stopping:
                 save(run)
     if stopping and run.step < settings.max_train_steps:
-        leave(run)
+        leave(run, stopping)
     finish(run)
     return run.folder
 

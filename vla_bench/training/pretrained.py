@@ -20,7 +20,7 @@ from ..models.frameworks.framework import Framework
 from ..models.heads.head import ActionHead, rename_parameters
 from ..models.interop.weights import nearest_prefix, read_weights
 from .checkpoint import check_finite
-from .optim import find_module
+from .optim import elsewhere, find_module
 
 # %% ../../nbs/training/23_pretrained.ipynb #pret0005
 def our_names(
@@ -96,6 +96,17 @@ def not_loaded(module: nn.Module, loaded: Iterable[int]) -> str:
     return ", ".join(f"{name} ({count} tensors)" for name, count in kept.items() if count) or "nothing"
 
 # %% ../../nbs/training/23_pretrained.ipynb #pret0013
+def _here(framework: nn.Module, paths: Sequence[str]) -> list[str]:
+    """The paths without those of StarVLA's frameworks that lead nowhere here; the whole framework without any."""
+    key, found = "trainer.reload_modules", []
+    for path in paths:
+        named = elsewhere(framework, path, key)
+        found += [path] if named is None else named[:1]  # the others are within the first
+    if paths and not found:
+        raise ConfigError(f"{key} names nothing that this framework has: {', '.join(paths)}")
+    return found or [""]
+
+
 def load_pretrained(
     framework: nn.Module,  # changed in place
     source: str | Path,  # a run, a checkpoint, a file of weights
@@ -103,7 +114,7 @@ def load_pretrained(
 ) -> str:  # what was loaded, and what was not
     """Loads weights before training. Raises `ConfigError`, with nothing changed, for what does not fit."""
     weights, chosen = our_names(framework, read_weights(source)), {}
-    for path in module_paths(modules) or [""]:
+    for path in _here(framework, module_paths(modules)):
         name, module = reloaded_module(framework, path)
         part = part_of(weights, name, source)
         if faults := misfits(module, part, f"{name}." if name else ""):

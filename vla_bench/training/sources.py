@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config, ConfigError, suggest
+from ..data.conversations import language_sections
 from ..data.order import MixtureOrder
 from ..data.streaming import ShardOrder
 from ..models.frameworks.framework import Framework
@@ -116,12 +117,11 @@ ReadOthers = Callable[[Config], Callable[[Framework], Sequence[Source]]]
 
 def robots_alone(cfg: Config) -> Callable[[Framework], Sequence[Source]]:
     """No other source. Raises `ConfigError` for a section of `datasets` that only another program reads."""
-    if cfg.get("datasets.vlm_data") is not None:
+    if names := language_sections(cfg):
         raise ConfigError(
-            "datasets.vlm_data: imitation learns from robots alone; python -m vla_bench.training.cotrain learns from "
-            "both. Run that, or take the section out"
+            f"datasets.{names[0]}_data: imitation learns from robots alone; python -m vla_bench.training.cotrain learns "
+            "from both. Run that, or take the section out"
         )
-    cfg.section("datasets").require_names(["vla_data", "vlm_data"])
     return lambda framework: ()
 
 # %% ../../nbs/training/24_sources.ipynb #94572701

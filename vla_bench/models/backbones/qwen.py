@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .position_ids import rope_positions
+from .qwen_pixels import QwenPrepare
 from .vlm import VLM, next_token_loss
 from ...registry import BACKBONES
 
@@ -26,18 +28,15 @@ from ...registry import BACKBONES
 class QwenImages(VLM):
     """Flat patches, 2 × 2 patches per token, three position ids per token."""
 
+    prepare_class = QwenPrepare
+
     def position_ids(self, inputs: dict[str, Tensor]) -> Tensor:
         """Time, height and width ids, [3, B, L]."""
         if "image_grid_thw" not in inputs:
             ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             return ids.expand(3, *ids.shape)
-        positions, _ = self.model.model.get_rope_index(
-            inputs["input_ids"],
-            mm_token_type_ids=inputs["mm_token_type_ids"],
-            image_grid_thw=inputs["image_grid_thw"],
-            attention_mask=inputs["attention_mask"],
-        )
-        return positions
+        grids = inputs["image_grid_thw"][:, 1:] // self.config.vision_config.spatial_merge_size
+        return rope_positions(inputs["attention_mask"], inputs["mm_token_type_ids"] == 1, grids)
 
     def image_grids(self, inputs: dict[str, Tensor]) -> list[list[tuple[int, int]]]:
         """Per sample and image, rows and columns of its tokens (patches merged 2 × 2)."""

@@ -23,6 +23,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, ProcessorMixin
 
+from .image_attention import attend_by_length
+from .patch_embedding import multiply_patches
+from .position_ids import remember_positions
 from .processor import load_processor
 from vla_bench.models.backbones.tokens import (
     last_state,
@@ -93,8 +96,11 @@ def __call__(
     """Tensors of a batch. Raises `ValueError` when the numbers of images and texts disagree."""
     if len(images) != len(texts) or not texts:
         raise ValueError(f"{len(images)} lists of images for {len(texts)} texts; expected one list per text")
-    prompts = [self.prompt(text, len(row)) for text, row in zip(texts, images)]
-    return dict(self.encode(prompts, [list(row) for row in images]))
+    asked = [(text, len(row)) for text, row in zip(texts, images)]
+    prompts = {
+        each: self.prompt(*each) for each in dict.fromkeys(asked)
+    }  # robots hear few instructions, often
+    return dict(self.encode([prompts[each] for each in asked], [list(row) for row in images]))
 
 # %% ../../../nbs/models/backbones/10_vlm.ipynb #4f2188ce
 @contextmanager
@@ -133,6 +139,9 @@ class VLM(nn.Module):
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
         super().__init__()
+        multiply_patches(model)
+        attend_by_length(model)
+        remember_positions(model)
         self.model = model
         self.processor = processor
         self.prepare = self.prepare_class(processor)

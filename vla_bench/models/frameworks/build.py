@@ -31,6 +31,7 @@ from vla_bench.models.backbones.loading import (
     load_vlm,
 )
 from ..backbones.vlm import VLM
+from .alone import ALONE, without_policy
 from .prepare import Prepare, check_prompt
 from ..heads.head import ActionHead, HeadSizes
 from ..interop.weights import load_mapped
@@ -413,6 +414,8 @@ def build_framework(
 # %% ../../../nbs/models/frameworks/01_build.ipynb #9265212f
 def read_section(file: Path) -> dict[str, Any]:
     """What `framework.json` holds. Raises `FileNotFoundError`, or `ValueError` for a damaged file."""
+    if not file.is_file() and file.with_name(ALONE).is_file():
+        raise without_policy(file.parent)
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} holds no {file.name}, so it is no checkpoint of a framework")
     needed = {"name": str, "vlm": dict, "action_model": dict, "action_dim": int, "state_dim": int}

@@ -28,6 +28,7 @@ from ..backbones.tokens import last_state
 from ..backbones.vlm import VLM
 from ..backbones.weights_file import load_weights, without_init
 from ..features import Features
+from .adapters import merge_into, restore_adapters
 from .build import build_framework, from_folder, read_section
 from .prepare import Prepare, to_device
 from ..heads.head import ActionHead, rename_parameters
@@ -310,10 +311,18 @@ def from_pretrained(
     folder = checkpoint_of(folder)
     config = read_section(folder / "framework.json")
     dims = {name: config.pop(name) for name in ("action_dim", "state_dim")}
+    adapters = config.pop("adapters", ())
     section = from_folder(config, folder, inference=inference)
     with without_init():
         framework = build_framework(section, **dims, load_weights=False)
+        restore_adapters(framework, adapters)
     if not isinstance(framework, cls):
         raise ValueError(f"{folder} holds a {type(framework).__name__}, not a {cls.__name__}")
     load_weights(framework, folder / "model.safetensors", "framework.json")
     return framework.eval()
+
+# %% ../../../nbs/models/frameworks/02_framework.ipynb #fwad0002
+@patch
+def merge_adapters(self: Framework) -> list[str]:  # paths of the layers
+    """Adds LoRA and other adapters to the weights beside them, in place. Raises `ValueError` when there are none."""
+    return merge_into(self)
