@@ -179,6 +179,79 @@ def test_what_a_policy_raises_is_not_told(toy, caplog):
     assert "secret" not in str(told.value) and "/secret/place" in caplog.text
 
 
+def test_starvla_gets_the_policys_own_answers(run, llava_observation):
+    """Three examples of one request, the state as [1, S], as StarVLA's clients send it."""
+    policy = Policy.from_pretrained(run, batch_size=4)
+    image, lang = np.asarray(llava_observation["image"][0]), llava_observation["lang"]
+    states = [np.asarray(llava_observation["state"]) + shift for shift in (0.0, 1.0, 2.0)]
+    examples = [{"image": [image], "lang": lang, "state": state[None]} for state in states]
+    with serve_in_thread(policy) as server, connect(f"{server.url}/starvla") as client:
+        assert unpack(client.recv())["action_chunk_size"] == policy.spec.horizon
+        client.send(
+            pack(
+                {
+                    "type": "infer",
+                    "request_id": "a",
+                    "examples": examples,
+                    "seed": [3, 4, 5],
+                    "use_ddim": True,
+                }
+            )
+        )
+        reply = unpack(client.recv())
+    assert reply["ok"] and reply["request_id"] == "a"
+    expected = [policy.predict({**llava_observation, "state": s}, seed=3 + i) for i, s in enumerate(states)]
+    assert reply["data"]["actions"].tobytes() == np.stack(expected).tobytes()
+
+
+def test_vla_eval_gets_the_policys_own_answers_one_action_at_a_time(run, llava_observation):
+    """With images as PNG, as the harness sends them; an error does not end the episode."""
+    policy, seq = Policy.from_pretrained(run), iter(range(1, 99))
+    image = np.asarray(llava_observation["image"][0])
+    seen = {"images": {policy.spec.cameras[0]: image}, "task_description": llava_observation["lang"]}
+    seen["state"] = np.asarray(llava_observation["state"])
+
+    def say(kind, payload, replies=True):
+        number = next(seq)
+        envelope = {"type": kind, "payload": payload, "seq": number, "timestamp": 0.0}
+        client.send(pack(envelope, text_keys=True, images="png"))
+        reply = unpack(client.recv()) if replies else None
+        assert reply is None or reply["seq"] == number
+        return reply
+
+    with (
+        serve_in_thread(policy, seed=50000, n_action_steps=2) as server,
+        connect(f"{server.url}/vla-eval") as client,
+    ):
+        assert say("hello", {"protocol_version": 1})["payload"]["protocol_version"] == 1
+        say("episode_start", {"task": {"name": "reach-red"}}, replies=False)
+        actions = [say("observation", seen)["payload"]["actions"]]
+        assert say("observe", seen)["type"] == "error"
+        actions += [say("observation", seen)["payload"]["actions"] for _ in range(3)]
+        say("episode_end", {"success": False}, replies=False)
+    seeds = [prediction_seed(50000, n) for n in range(2)]
+    expected = [policy.predict(llava_observation, seed=seed)[:2] for seed in seeds]
+    assert np.stack(actions).tobytes() == np.concatenate(expected).tobytes()
+
+
+@pytest.mark.parametrize("path", ["/", "/starvla", "/vla-eval"])
+def test_every_dialect_refuses_and_goes_on(toy, path):
+    ToyPolicy, _ = toy
+    rng = np.random.default_rng(8)
+    with serve_in_thread(ToyPolicy()) as server, connect(server.url + path) as client:
+        if path != "/vla-eval":
+            client.recv()
+        good = [
+            pack({"type": kind, "payload": {}, "seq": 1, "timestamp": 0.0})
+            for kind in ("hello", "infer", "observation")
+        ]
+        for _ in range(2 * CASES):
+            client.send(mutated(good[int(rng.integers(3))], rng))
+            assert client.recv(timeout=5)
+        with PolicyClient(server.url) as other:
+            assert other.fingerprint == "toy"
+
+
 def mutated(frame: bytes, rng: np.random.Generator) -> bytes:
     changed, at = bytearray(frame), int(rng.integers(len(frame)))
     kind = rng.integers(4)
