@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -377,3 +378,24 @@ def test_a_server_that_is_killed_in_an_episode_is_waited_for(run, llava_observat
     assert (first.exitcode, second.exitcode) == (-signal.SIGKILL, 0)
     expected = [policy.predict(llava_observation, seed=prediction_seed(50000, step)) for step in range(4)]
     assert found == [chunk.tobytes() for chunk in expected]
+
+
+def test_an_evaluation_through_a_server_continues_one_without(run, tmp_path, capsys):
+    """Two episodes here, two more through a server: the file is that of an evaluation in one process."""
+    copy = shutil.copytree(run, tmp_path / "llava", ignore=shutil.ignore_patterns("eval"))
+    short = ["evaluation.n_action_steps=2", "evaluation.max_steps=12"]
+    main(["evaluate", "--run", str(copy), "--out", str(tmp_path / "both"), *short, "evaluation.episodes=1"])
+    with serve_in_thread(Policy.from_pretrained(copy)) as server:
+        ask = ["evaluate", "--run", str(copy), *short, "evaluation.episodes=2", "--server", server.url]
+        main([*ask, "--out", str(tmp_path / "both")])
+        main([*ask, "--out", str(tmp_path / "served")])
+    main(["evaluate", "--run", str(copy), "--out", str(tmp_path / "direct"), *short, "evaluation.episodes=2"])
+    files = {(tmp_path / name / "episodes.jsonl").read_bytes() for name in ("both", "served", "direct")}
+    assert len(files) == 1
+
+
+def test_another_policy_than_the_runs_is_not_evaluated(run, toy, tmp_path, capsys):
+    ToyPolicy, _ = toy
+    with serve_in_thread(ToyPolicy()) as server, pytest.raises(SystemExit):
+        main(["evaluate", "--run", str(run), "--out", str(tmp_path / "out"), "--server", server.url])
+    assert "serves another policy than" in capsys.readouterr().err and not (tmp_path / "out").exists()

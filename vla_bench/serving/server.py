@@ -108,7 +108,7 @@ def is_authorized(request: Request, api_key: str | None) -> bool:
         return True
     return len(given) == 1 and hmac.compare_digest(given[0].encode(), f"Api-Key {api_key}".encode())
 
-# %% ../../nbs/serving/40_server.ipynb #ac4ca20c
+# %% ../../nbs/serving/40_server.ipynb #fa08277a
 class PolicyServer:
     """Serves a policy; `start` and `stop` belong to one event loop."""
 
@@ -122,7 +122,9 @@ class PolicyServer:
         except ValueError:
             self.batcher.close()
             raise
-        self.readers = ThreadPoolExecutor(2, "read")  # large frames are read here, and the loop stays free
+        self.readers = ThreadPoolExecutor(
+            2, "read"
+        )  # compressed images are unpacked here, and the loop stays free
         self.limits = Limits(frame_bytes=settings.frame_bytes)
         self.busy: set[ServerConnection] = set()  # connections with a request that is being answered
         self.stopping = False
@@ -171,15 +173,15 @@ def process_request(self: PolicyServer, connection: ServerConnection, request: R
         return _respond(connection, HTTPStatus.SERVICE_UNAVAILABLE, "the server is full, or about to stop")
     return None
 
-# %% ../../nbs/serving/40_server.ipynb #1b332239
-INLINE = 1 << 16  # bytes of a frame that is read at once, in the loop
+# %% ../../nbs/serving/40_server.ipynb #a903b841
+INLINE = 4 << 20  # bytes of a frame without compressed images that is read at once, in the loop
 
 
 @patch
 async def _reply(self: PolicyServer, dialect: Dialect, frame: bytes | str) -> bytes | str | None:
     message = None
     try:
-        if len(frame) > INLINE:
+        if len(frame) > INLINE or (isinstance(frame, bytes) and b"__image__" in frame):
             loop = asyncio.get_running_loop()
             message = await loop.run_in_executor(self.readers, unpack, frame, self.limits)
         else:
