@@ -1,4 +1,4 @@
-# make setup | quickstart | check | test | fuzz | clients | lowest | mutants | docs | lab | smoke | figures | speed | format | clean
+# make setup | quickstart | check | test | fuzz | resume | clients | lowest | mutants | docs | lab | smoke | figures | speed | format | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -27,7 +27,7 @@ SAMPLE ?= 0
 SEED ?= 0
 AGAIN ?=
 
-.PHONY: setup system quickstart check test fuzz clients lowest mutants docs smoke figures speed format lab clean
+.PHONY: setup system quickstart check test fuzz resume clients lowest mutants docs smoke figures speed format lab clean
 setup: $(BIN)/.ready system
 
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -77,6 +77,10 @@ clients: setup
 	$(CLIENTS)/openpi/bin/python -m pip install -q 'openpi-client==0.1.2' typing_extensions 'numpy<2' $(CLIENT_NEEDS)
 	$(CLIENTS)/vla_eval/bin/python -m pip install -q vla-eval==0.8.0 $(CLIENT_NEEDS)
 	.ci/clients $(RUN) --openpi $(CLIENTS)/openpi/bin/python --vla_eval $(CLIENTS)/vla_eval/bin/python
+
+# A run that is killed, whole: in every step of every mode, at a thousand bytes of its saves, and the order of its samples.
+resume: setup
+	VLA_BENCH_CASES=1000 pytest -n $(WORKERS) --dist worksteal tests/training/test_{kills,killed_saves,order_of_samples,resume,retention,schedule}.py
 
 # Small faults put into copies of a package: does a test catch each? PACKAGE=models/heads [MODULE=bins] [SAMPLE=60]
 mutants: setup

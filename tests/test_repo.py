@@ -78,6 +78,8 @@ CROSS_CUTTING = {
     "training/test_bounds.py": "config, run and rollout: values that cannot be meant",
     "training/test_defaults.py": "every function of the training: what is left out, and what is not to be changed",
     "training/test_damaged_runs.py": "every reader of a run folder",
+    "training/test_kills.py": "imitation, run and sharding: a run that is interrupted in any step, in any mode",
+    "training/test_killed_saves.py": "files, checkpoint, retention, loop and run: a run that is killed at any byte",
     "training/test_full_disk.py": "files, checkpoint, loop and run: what a full disk leaves",
     "training/test_mixture.py": "data, run and policy: several robots in one run",
     "training/test_old_runs.py": "a run that version 0.1 wrote",

@@ -1,11 +1,18 @@
 """Runs of six steps on a dataset of random images with a tiny VLM, and what a policy of them sees."""
 
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from accelerate.state import PartialState
 from PIL import Image
 
 from vla_bench.config import Config, load_config
@@ -116,3 +123,54 @@ def observation() -> Callable[..., dict]:
         return {"image": images, "lang": "close the box", "state": [0.5, -0.5], **change}
 
     return seen
+
+
+def _child(function: Callable, rank: int, processes: int, environ: dict[str, str], pipe: Any) -> None:
+    """Runs a function as a launcher would: the process knows its number, and where the others meet."""
+    os.environ.update(environ, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
+    PartialState._reset_state()
+    try:
+        pipe.send((True, function()))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    pipe.close()
+    os._exit(0)
+
+
+@pytest.fixture(scope="session")
+def launched() -> Callable[..., list]:
+    """`launched(function, processes, environ)`: what a function returns in each of the processes of a launch.
+
+    They are forks of this one, so they need not import anything. One that fails ends all.
+    """
+
+    def launch(function: Callable, processes: int = 2, environ: dict[str, str] | None = None) -> list:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        fork, started = multiprocessing.get_context("fork"), []
+        for rank in range(processes):
+            ours, theirs = fork.Pipe(duplex=False)
+            arguments = function, rank, processes, {**meeting, **(environ or {})}, theirs
+            child = fork.Process(target=_child, args=arguments, daemon=False)
+            child.start()
+            theirs.close()
+            started.append((child, ours))
+        answers: dict[int, Any] = {}
+        try:
+            while len(answers) < processes:
+                waiting = {pipe: rank for rank, (_, pipe) in enumerate(started) if rank not in answers}
+                ready = multiprocessing.connection.wait(list(waiting), timeout=120)
+                assert ready, f"processes {sorted(waiting.values())} of {processes} wait for each other"
+                for pipe in ready:
+                    fine, answer = pipe.recv()
+                    assert fine, f"process {waiting[pipe]} of {processes}:\n{answer}"
+                    answers[waiting[pipe]] = answer
+        finally:
+            for child, _ in started:
+                child.kill() if len(answers) < processes else child.join(timeout=30)
+        return [answers[rank] for rank in range(processes)]
+
+    return launch

@@ -228,6 +228,34 @@ def test_two_processes_train_and_measure_like_one(both, tmp_path):
     assert [last[0][name] for name in asked] == pytest.approx([last[1][name] for name in asked], rel=1e-3)
 
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+SHARDED = {
+    f"zero{n}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(n)}
+    for n in (2, 3)
+}
+SHARDED |= {"ddp": {}, "fsdp2": FSDP2}
+
+
+@pytest.mark.parametrize("length", [2048, 28])
+@pytest.mark.parametrize("mode", SHARDED)
+def test_sharded_processes_learn_from_both_like_one(both, launched, mode, length):
+    """One conversation a process: some steps have an image in one of them, with 28 tokens some have nothing to learn."""
+    if mode != "ddp":
+        pytest.importorskip("deepspeed")
+    sizes = lambda n: f"--trainer.per_device_batch_size {2 * n} --trainer.weight_decay 0"
+    told = {"model_max_length": length, "eval_dataset": "talk"}
+    alone = train(both(f"--run_id alone {sizes(2)}", per_device_batch_size=2, **told))
+    cfg = both(f"--run_id pair {sizes(1)}", per_device_batch_size=1, **told)
+    pair, *_ = launched(lambda: train(cfg), 2, SHARDED[mode])
+    names = ("loss", "action_loss", "language_loss")
+    for ours, theirs in zip(logged(pair, *names), logged(alone, *names), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    rows = [row.get("dropped/vlm", 0) for row in read_metrics(pair / "metrics.jsonl") if "loss" in row]
+    assert bool(any(rows)) == (length == 28)
+    measured = [read_metrics(run / "metrics.jsonl")[-1]["eval/language_loss"] for run in (pair, alone)]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-4)
+
+
 def test_a_run_is_not_continued_on_other_conversations(both, talk, tmp_path):
     mine = tmp_path / "mine.json"
     with open(talk["data_dict"]["talk"]["annotation_path"]) as file:

@@ -496,7 +496,11 @@ def test_the_rows_of_two_processes_are_disjoint_and_as_many(measured, config, mo
             autocast=run.accelerator.autocast,
         )  # fmt: skip
         told = SimpleNamespace(
-            accelerator=accelerator, settings=run.settings, framework=run.framework, seed=0
+            accelerator=accelerator,
+            settings=run.settings,
+            framework=run.framework,
+            seed=0,
+            sharding=run.sharding,
         )
         assert imitation.held_out_errors(told, member, held_out) == {"names": ("dx", "dy", "gripper")}
     rows = np.linspace(0, len(held_out) - 1, 7).round().astype(int).tolist()[:6]

@@ -20,8 +20,10 @@ from vla_bench.training.checkpoint import latest_checkpoint
 from vla_bench.training.imitation import train
 from vla_bench.training.run import (
     FREE_KEYS,
+    TrainerSettings,
     check_data,
     check_dtype,
+    check_launcher,
     check_processes,
     differences,
     inside,
@@ -270,32 +272,51 @@ def test_the_keys_that_change_nothing_that_is_learned_are_these():
 
 
 @pytest.mark.parametrize(
-    "world, found, kind, deepspeed, fits",
+    "world, found, kind, fits",
     [
-        (1, 1, "NO", False, True),
-        (2, 2, "MULTI_CPU", False, True),
-        (2, 1, "NO", False, False),
-        (2, 2, "NO", False, False),
-        (1, 2, "MULTI_CPU", False, False),
-        (1, 1, "DEEPSPEED", True, True),
-        (1, 1, "DEEPSPEED", False, False),
-        (1, 1, "NO", True, False),
+        (1, 1, "NO", True),
+        (2, 2, "MULTI_CPU", True),
+        (2, 1, "NO", False),
+        (2, 2, "NO", False),
+        (1, 2, "MULTI_CPU", False),
     ],
 )
-def test_processes_are_those_that_were_launched(monkeypatch, world, found, kind, deepspeed, fits):
+def test_processes_are_those_that_were_launched(monkeypatch, world, found, kind, fits):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     accelerator = SimpleNamespace(num_processes=found, distributed_type=DistributedType[kind])
     if fits:
-        check_processes(accelerator, deepspeed)
+        check_processes(accelerator)
         return
-    under = " under DeepSpeed" if deepspeed else ""
-    with pytest.raises(RuntimeError, match=f"started {world} processes{under}, accelerate sees {found} "):
-        check_processes(accelerator, deepspeed)
+    with pytest.raises(RuntimeError, match=f"started {world} processes, accelerate sees {found} "):
+        check_processes(accelerator)
 
 
 def test_without_a_launcher_one_process_is_meant(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    check_processes(SimpleNamespace(num_processes=1, distributed_type=DistributedType.NO), False)
+    check_processes(SimpleNamespace(num_processes=1, distributed_type=DistributedType.NO))
+
+
+@pytest.mark.parametrize(
+    "variable, value, fits",
+    [
+        ("ACCELERATE_MIXED_PRECISION", "no", True),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", False),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", True),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto", True),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2", True),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", False),
+        ("ACCELERATE_GRADIENT_CLIPPING", "1.0", True),
+        ("ACCELERATE_GRADIENT_CLIPPING", "0.5", False),
+    ],
+)
+def test_a_launcher_that_names_other_numbers_is_refused(monkeypatch, variable, value, fits):
+    monkeypatch.setenv(variable, value)
+    settings = TrainerSettings(max_train_steps=1, gradient_accumulation_steps=2)
+    if fits:
+        check_launcher(settings)
+        return
+    with pytest.raises(ConfigError, match=f"the launcher sets .* to {value} .{variable}., trainer."):
+        check_launcher(settings)
 
 
 STATISTICS = compute_statistics(np.array([[-1.0, -0.5, -2], [1.0, 0.5, 2]]))

@@ -15,7 +15,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,8 @@ def load_trainer(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     rank: int | None = 0,  # of this process; None: its generators are left alone
+    load: Callable[[Mapping[str, Any]], None]
+    | None = None,  # takes the optimizer's state; None: the optimizer itself
 ) -> None:
     """Restores optimizer, schedule and the generators of this process. Raises `ValueError` when they do not fit."""
     rng, path = load_rng(folder), folder / "trainer/optimizer.pt"
@@ -171,8 +173,8 @@ def load_trainer(
         raise ValueError(
             f"{folder} was saved by {len(rng)} processes; continue it with as many, not {rank + 1}"
         )
-    with naming(path):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    with naming(path):  # with `load`, tensors stay in the file until they are copied
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=load is not None)
         theirs = [group.get("name") for group in state["optimizer"]["param_groups"]]
     ours = [group.get("name") for group in optimizer.param_groups]
     if theirs != ours:
@@ -180,7 +182,7 @@ def load_trainer(
             f"{folder} has the parameter groups {theirs}, this run {ours}: other rates or freezing"
         )
     with naming(path):
-        optimizer.load_state_dict(state["optimizer"])
+        (load or optimizer.load_state_dict)(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
     if rank is not None:
         with naming(folder / "trainer/rng.json"):
@@ -235,9 +237,7 @@ def save_checkpoint(
     final = Path(run) / "checkpoints" / f"step_{step:06d}"
     needed = tensor_bytes([weights or framework.state_dict(), optimizer.state_dict(), raw])
     with what_stands(run), write_whole_folder(final, needed) as folder:
-        framework.save_pretrained(folder)
-        if weights is not None:
-            save_file({k: v.clone() for k, v in weights.items()}, folder / "model.safetensors")
+        framework.save_pretrained(folder, **({} if weights is None else {"weights": weights}))
         if spec is not None:
             write_json(folder / "policy.json", spec_to_dict(spec))
         states = {"optimizer": optimizer, "scheduler": scheduler, "rng": rng, "progress": progress}

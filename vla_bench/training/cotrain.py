@@ -173,7 +173,7 @@ def language_row(
     rows = torch.linspace(0, len(held_out) - 1, count).round().long().tolist()
     mine = [held_out[row] for row in rows[accelerator.process_index :: accelerator.num_processes]]
     prepare = ConversationPrepare(run.framework.vlm.prepare, settings.model_max_length)
-    with accelerator.autocast():
+    with run.sharding.whole(), accelerator.autocast():
         sums = answer_sums(run.framework.vlm, prepare, mine, settings.per_device_batch_size)
     values = torch.tensor(list(sums.values()), dtype=torch.float64, device=accelerator.device)
     total = dict(zip(sums, accelerator.reduce(values, "sum").tolist()))

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
@@ -66,16 +66,15 @@ def update(
     """
     accelerator, losses = run.accelerator, []
     for number, (micro, share) in enumerate(zip(batches, step_shares(run, batches))):
-        with accelerator.accumulate(run.model):
+        with run.sharding.accumulate():
             found = run.model(send_to_device(micro, accelerator.device))
             check_finite_losses(run, found, number)
             scale = len(batches) * accelerator.num_processes
             terms = [found[n][s.loss] * share[n] * scale * s.weight for n, s in run.sources.items()]
-            accelerator.backward(torch.stack(terms).sum())
+            run.sharding.backward(torch.stack(terms).sum())
             losses.append({k: v.detach() * share[n] for n, own in found.items() for k, v in own.items()})
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(run.model.parameters(), run.settings.gradient_clipping)
-                norm = 0.0 if norm is None else float(norm)
+                norm = run.sharding.clip(run.settings.gradient_clipping)
                 if not math.isfinite(norm):
                     raise FloatingPointError(not_finite(run, f"gradient's norm is {norm}", number))
             run.optimizer.step()
@@ -90,12 +89,15 @@ def update(
 
 
 def check_finite_losses(run: Run, found: dict[str, dict[str, Tensor]], number: int) -> None:
-    """Raises `FloatingPointError`, with the offending samples named, for a loss that is not a number."""
-    for source, losses in found.items():
-        for name, value in losses.items():
-            if not math.isfinite(value.item()):
-                what = "loss" if name == "action_loss" else name
-                raise FloatingPointError(not_finite(run, f"{what} is {value.item()}", number, source, name))
+    """Raises `FloatingPointError`, in all processes, with the offending samples named, for a loss that is not a number."""
+    values = [
+        (source, name, value.item()) for source, losses in found.items() for name, value in losses.items()
+    ]
+    odd = [each for each in values if not math.isfinite(each[-1])]
+    if run.accelerator.reduce(torch.tensor(float(len(odd)), device=run.accelerator.device), "sum").item():
+        source, name, value = gather_object(odd)[0]
+        what = "loss" if name == "action_loss" else name
+        raise FloatingPointError(not_finite(run, f"{what} is {value}", number, source, name))
 
 # %% ../../nbs/training/30_imitation.ipynb #5ae6b016
 @torch.no_grad()
@@ -106,18 +108,19 @@ def not_finite(
     source: str | None = None,  # whose loss it is; None: the sum of all
     loss: str = "",  # which of its losses; empty: the one that is trained on
 ) -> str:
-    """The message of a stopped run, with the offending samples named."""
+    """The message of a stopped run, with the offending samples named. All processes must call this."""
     batch = run.step * run.settings.gradient_accumulation_steps + number
     offending, others = [], []
-    for name in [source] if source else run.sources:
-        own = run.sources[name]
-        for key in run.sampler(name).batch(batch):
-            sample = own.view[key]
-            with run.accelerator.autocast():
+    with run.sharding.whole(), run.accelerator.autocast():
+        for name in [source] if source else run.sources:
+            own = run.sources[name]
+            for key in run.sampler(name).batch(batch):
+                sample = own.view[key]
                 prepared = send_to_device(own.prepare([sample]), run.accelerator.device)
                 alone = own.losses(run.framework, prepared)
-            finite = math.isfinite(alone[loss or own.loss].item())
-            (others if finite else offending).append(str(sample.get("origin", f"row {key[1]}")))
+                finite = math.isfinite(alone[loss or own.loss].item())
+                (others if finite else offending).append(str(sample.get("origin", f"row {key[1]}")))
+    offending, others = gather_object(offending), gather_object(others)
     head = f"step {run.step + 1}: the {what}; the weights are still those of step {run.step}. "
     if offending:
         return head + f"Samples whose loss alone is not finite: {'; '.join(offending)}"
@@ -138,8 +141,10 @@ def held_out_errors(run: Run, member: Member, held_out: EvaluationView) -> dict[
     chunks = [mine[i : i + size] for i in range(0, len(mine), size)]
     loader = make_loader(held_out, chunks, run.framework.prepare, run.settings.num_workers)
     batches = (send_to_device(batch, accelerator.device) for batch in loader)
-    with accelerator.autocast():
-        sums = action_error_sums(run.framework, batches, member.normalizers["action"], run.seed)
+    sums = np.zeros((3, len(member.action_names)))  # of a process that none of so few frames is left for
+    with run.sharding.whole(), accelerator.autocast():
+        if chunks:
+            sums = action_error_sums(run.framework, batches, member.normalizers["action"], run.seed)
     total = accelerator.reduce(torch.tensor(sums, device=accelerator.device), "sum")
     return error_row(total.cpu().numpy(), member.action_names)
 

@@ -11,11 +11,12 @@ __all__ = ['ALONE', 'FREEZING', 'PARTS', 'without_policy', 'BackboneAlone', 'bui
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from fastcore.basics import patch
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
 
 from ...files import checkpoint_of, read_json, write_whole_folder
 from ..backbones.component_loading import quiet
@@ -87,11 +88,16 @@ def build_alone(
 
 # %% ../../../nbs/models/frameworks/06_alone.ipynb #alon0013
 @patch
-def save_pretrained(self: BackboneAlone, folder: str | Path) -> None:
+def save_pretrained(
+    self: BackboneAlone,
+    folder: str | Path,
+    weights: Mapping[str, Tensor] | None = None,  # instead of its own, such as gathered ones
+) -> None:
     """Weights, configuration and processor: all that `from_pretrained` needs."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_model(self, str(folder / "model.safetensors"))
+    held = self if weights is None else SimpleNamespace(state_dict=lambda: dict(weights))
+    save_model(held, str(folder / "model.safetensors"))
     text = json.dumps(self.config, indent=2, default=str)
     (folder / ALONE).write_text(text, encoding="utf-8")
     self.vlm.save_config(folder / "vlm")

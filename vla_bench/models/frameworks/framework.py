@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -289,11 +290,16 @@ def attention_maps(
 
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #3f06d024
 @patch
-def save_pretrained(self: Framework, folder: str | Path) -> None:
+def save_pretrained(
+    self: Framework,
+    folder: str | Path,
+    weights: Mapping[str, Tensor] | None = None,  # instead of its own, such as gathered ones
+) -> None:
     """Weights, configuration and processor: all that `from_pretrained` needs."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_model(self, str(folder / "model.safetensors"))
+    held = self if weights is None else SimpleNamespace(state_dict=lambda: dict(weights))
+    save_model(held, str(folder / "model.safetensors"))
     (folder / "framework.json").write_text(json.dumps(self.config, indent=2), encoding="utf-8")
     self.vlm.save_config(folder / "vlm")
     if self.action_model.assets:
