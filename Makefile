@@ -1,4 +1,4 @@
-# make setup | quickstart | check | test | fuzz | resume | slurm | lowest | mutants | docs | lab | smoke | figures | speed | format | clean
+# make setup | quickstart | check | test | fuzz | resume | slurm | clients | lowest | mutants | docs | lab | smoke | figures | speed | format | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -27,7 +27,7 @@ SAMPLE ?= 0
 SEED ?= 0
 AGAIN ?=
 
-.PHONY: setup system quickstart check test fuzz resume slurm lowest mutants docs smoke figures speed format lab clean
+.PHONY: setup system quickstart check test fuzz resume slurm clients lowest mutants docs smoke figures speed format lab clean
 setup: $(BIN)/.ready system
 
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -64,6 +64,19 @@ test: setup
 # The property tests whole, of which `make test` runs a sample: every damaged run, dataset and conversation, every drawn case.
 fuzz: setup
 	VLA_BENCH_ALL_DAMAGES=1 VLA_BENCH_CASES=500 pytest -n $(WORKERS) --dist worksteal $$(grep -rlE 'VLA_BENCH_(ALL_DAMAGES|CASES)' tests --include='test_*.py')
+
+# The public openpi-client and vla-eval, unmodified, each in an environment of its own, through whole episodes of MetaWorld
+# with a served checkpoint: every executed action must be that of an evaluation in one process. RUN=FOLDER names the run.
+CLIENTS ?= $(HOME)/.cache/vla_bench/clients
+RUN ?= $(RUNS)/smoke
+CLIENT_NEEDS := metaworld==3.1.1 mujoco==3.3.0 scipy omegaconf pyyaml pillow tqdm filelock packaging 'fastcore>=2.2.39,<3'
+clients: setup
+	test -d $(RUN)/checkpoints || $(MAKE) smoke
+	test -x $(CLIENTS)/openpi/bin/python || $(PYTHON) -m venv $(CLIENTS)/openpi
+	test -x $(CLIENTS)/vla_eval/bin/python || $(PYTHON) -m venv $(CLIENTS)/vla_eval
+	$(CLIENTS)/openpi/bin/python -m pip install -q 'openpi-client==0.1.2' typing_extensions 'numpy<2' $(CLIENT_NEEDS)
+	$(CLIENTS)/vla_eval/bin/python -m pip install -q vla-eval==0.8.0 $(CLIENT_NEEDS)
+	.ci/clients $(RUN) --openpi $(CLIENTS)/openpi/bin/python --vla_eval $(CLIENTS)/vla_eval/bin/python
 
 # Runs that take long, whole: killed in every step of every mode, a save killed at a thousand places, twenty steps of every
 # mode beside one process, and the order of the samples of 500 drawn runs. Most of an hour.

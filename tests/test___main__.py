@@ -62,6 +62,11 @@ MISTAKES = {
         "wrong": (["--config_yaml", str(RUN)], "datasets.vlm_data is missing"),
         "no file": (["--config_yaml", "nowhere.yaml"], "nowhere.yaml"),
     },
+    "serve": {
+        "missing": ([], "--checkpoint"),
+        "wrong": (["--checkpoint", str(RUN), "--host", "0.0.0.0"], "so the server needs a key"),
+        "no file": (["--checkpoint", "nowhere"], "nowhere"),
+    },
     "launch": {
         "missing": ([], "notebook"),
         "wrong": ([TRAIN, "-p", "confg", "a.yaml"], "did you mean 'config'"),
@@ -266,6 +271,7 @@ FILES = [
     "evaluation/program",
     "evaluation/report",
     "serving/policy",
+    "serving/server",
     "scaffold",
 ]
 FILES += [f"models/{name}" for name in ("compatibility", "interop/convert", "interop/fluxvla")]

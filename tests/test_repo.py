@@ -36,7 +36,13 @@ PACKAGES = [
     "__main__",
 ]
 BASE = ["config", "registry", "settings", "files", "data.sample", "data.layout", "data.normalize"]
-BASE += [f"serving.{name}" for name in ("protocol", "checks", "batching")]
+BASE += [
+    f"serving.{name}"
+    for name in (
+        *("protocol", "checks", "session", "client", "batching", "service", "server"),
+        *("openpi", "starvla", "vla_eval", "chunking", "real_time", "replay"),
+    )
+]
 # Tests of no single module, each with what it is about.
 CROSS_CUTTING = {
     "test_grid.py": "every backbone with every head that can read it",

@@ -6,9 +6,9 @@ Docs: https://vla-bench.github.io/vla_bench/evaluation/rollout.html.md"""
 
 # %% auto #0
 __all__ = ['TRIALS', 'RENAMED_PROTOCOL_KEYS', 'HOPELESS', 'check_step_timeout', 'EvaluationSettings', 'EvaluatedPolicy',
-           'check_settings', 'build_benchmark', 'Recording', 'prediction_seed', 'Rollout', 'describe_returned',
-           'real_numbers', 'check_chunk', 'run_episode', 'fingerprint', 'fingerprint_differences', 'with_current_keys',
-           'read_episodes', 'EpisodeLog', 'list_episodes', 'recording_path', 'evaluate']
+           'check_settings', 'build_benchmark', 'Recording', 'Rollout', 'describe_returned', 'real_numbers',
+           'check_chunk', 'run_episode', 'fingerprint', 'fingerprint_differences', 'with_current_keys', 'read_episodes',
+           'EpisodeLog', 'list_episodes', 'recording_path', 'evaluate']
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #3166eacf
 import hashlib
@@ -39,6 +39,7 @@ from vla_bench.evaluation.workers import (
 )
 from ..files import Kind, append_jsonl, hold_folder, read_json, read_jsonl, write_json, write_whole
 from ..registry import BENCHMARKS, suggest
+from ..serving.session import prediction_seed
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #528a65a5
 def check_step_timeout(seconds: float | None) -> None:
@@ -174,14 +175,6 @@ class Recording:
         plain = {name: values.pop(name).item() for name in ("task", "lang", "episode", "seed", "success")}
         lists = {name: values.pop(name).tolist() for name in ("cameras", "words")}
         return cls(**plain, **lists, **values)
-
-# %% ../../nbs/evaluation/10_rollout.ipynb #116d6712
-def prediction_seed(
-    seed: int,  # of the scene
-    prediction: int,  # how many predictions came before
-) -> int:
-    """The seed that `policy.predict` is given; the same for any number of environments."""
-    return int(np.random.SeedSequence([seed, prediction]).generate_state(1)[0])
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #0d221386
 TRIALS = 2  # of an episode whose simulator fails

@@ -289,6 +289,17 @@ def attention(self: Policy, observation: Mapping[str, Any]) -> AttentionMap:
         )
     return check_map(maps[0], len(self.spec.cameras), where)
 
+# %% ../../nbs/serving/20_policy.ipynb #polve002
+@patch
+def as_vla_eval(
+    self: Policy,
+    **options: Any,  # of `Service`, such as n_action_steps
+) -> Any:
+    """A model server of the harness `vla-eval` that answers as this policy. Raises `ImportError` where it is not installed."""
+    from vla_bench.serving.vla_eval import model_server
+
+    return model_server(self, **options)
+
 # %% ../../nbs/serving/20_policy.ipynb #336761e3
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m vla_bench.serving.policy RUN [--checkpoint STEP] [--dataset NAME] [--verify]`; prints the specification."""
