@@ -42,6 +42,7 @@ COMMANDS = {
     ),
     "fluxvla": ("vla_bench.models.interop.fluxvla", "translate a configuration of FluxVLA to one of ours"),
     "list": ("vla_bench.models.compatibility", "what components there are, and which of them fit together"),
+    "trust": ("vla_bench.own_code", "allow code that a run brings with it"),
     "new": ("vla_bench.scaffold", "write the notebook of a new head, backbone or framework"),
 }
 FIRST_WORDS = {"record": ["record"]}  # of a module's own program, which has several commands
