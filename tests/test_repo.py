@@ -24,6 +24,7 @@ PACKAGES = [
     "settings",
     "files",
     "registry",
+    "own_code",
     "config",
     "data",
     "models",
@@ -45,6 +46,7 @@ BASE += [
 ]
 # Tests of no single module, each with what it is about.
 CROSS_CUTTING = {
+    "training/test_own_code.py": "a file that a configuration imports: trained, continued, served",
     "test_grid.py": "every backbone with every head that can read it",
     "test_notebooks.py": "every notebook",
     "test_programs.py": "every component's module, run as a program",
