@@ -23,6 +23,7 @@ NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_check
 PACKAGES = [
     "settings",
     "files",
+    "progress",
     "registry",
     "own_code",
     "config",

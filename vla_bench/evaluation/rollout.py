@@ -38,6 +38,7 @@ from vla_bench.evaluation.workers import (
     ready,
 )
 from ..files import Kind, append_jsonl, hold_folder, read_json, read_jsonl, write_json, write_whole
+from ..progress import moving_bar
 from ..registry import BENCHMARKS, suggest
 from ..serving.session import prediction_seed
 
@@ -566,7 +567,7 @@ def _run_all(
 ) -> None:
     finished, successes, workers = total - len(todo), 0, []
     max_steps = settings.max_steps or benchmark.spec.max_steps
-    bar = tqdm(total=total, initial=finished, unit="episode", mininterval=2.0, disable=not show_progress)
+    bar = moving_bar(total=total, initial=finished, unit="episode", disable=not show_progress)
 
     def count(rollout: Rollout) -> None:
         nonlocal finished, successes
