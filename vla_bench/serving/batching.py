@@ -11,7 +11,7 @@ __all__ = ['BatchPolicy', 'BusyError', 'LateError', 'Answer', 'Batcher']
 import queue
 import threading
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -91,6 +91,7 @@ class Batcher:
         self.groups: dict[Hashable, list[_Request]] = {}  # what waits; the worker's own
         self.lock, self.pending, self.closing = threading.Lock(), 0, False
         self.finishing = False  # the worker's own: `close` has reached it
+        self.listeners: list[Callable[[], None]] = []  # called when the answers of a batch are there
         self.worker = threading.Thread(target=self.work, name="policy", daemon=True)
         self.worker.start()
 
@@ -142,6 +143,13 @@ def _admit(self: Batcher, request: _Request | None) -> None:
     except Exception as error:
         if request.future.set_running_or_notify_cancel():
             request.future.set_exception(error)
+            self._tell()
+
+
+@patch
+def _tell(self: Batcher) -> None:
+    for listener in self.listeners:
+        listener()
 
 
 @patch
@@ -210,3 +218,4 @@ def work(self: Batcher) -> None:
     while batch := self.next_batch():
         if alive := [request for request in batch if self._alive(request)]:
             self._compute(alive)
+        self._tell()

@@ -6,7 +6,7 @@ Docs: https://vla-bench.github.io/vla_bench/serving/protocol.html.md"""
 
 # %% auto #0
 __all__ = ['DTYPES', 'MAX_AXES', 'MODES', 'ProtocolError', 'Limits', 'scan', 'read_array', 'read_scalar', 'read_image',
-           'image_entry', 'unpack', 'pack']
+           'image_entry', 'read_frame', 'holds_image', 'build', 'unpack', 'pack']
 
 # %% ../../nbs/serving/00_protocol.ipynb #a836f5a4
 import io
@@ -57,13 +57,16 @@ _NESTED = {
 }  # lists, dictionaries: of the length, per entry
 
 
+_WIDTHS = {byte: 1 for byte in (*range(0x80), *range(0xE0, 0x100))}  # small whole numbers
+_WIDTHS |= {byte: 1 + following for byte, following in _SIMPLE.items()}
+_WIDTHS |= {0xA0 + size: 1 + size for size in range(32)}  # short texts
+
+
 def _read_head(frame: bytes, at: int) -> tuple[int, int]:
     """Where the next value begins, and how many values stand inside this one. Raises `ProtocolError`."""
     byte = frame[at]
-    if byte <= 0x7F or byte >= 0xE0 or byte in _SIMPLE:
-        return at + 1 + _SIMPLE.get(byte, 0), 0
-    if 0xA0 <= byte <= 0xBF:
-        return at + 1 + (byte & 0x1F), 0
+    if byte in _WIDTHS:
+        return at + _WIDTHS[byte], 0
     if byte in _SIZED:
         size = _SIZED[byte]
         return at + 1 + size + int.from_bytes(frame[at + 1 : at + 1 + size], "big"), 0
@@ -79,30 +82,35 @@ def scan(frame: bytes, limits: Limits = Limits()) -> int:  # the number of value
     """Raises `ProtocolError` for a frame that is too large, too deep, of too many values, cut off or no msgpack."""
     if len(frame) > limits.frame_bytes:
         raise ProtocolError(f"the frame has {len(frame)} bytes, at most {limits.frame_bytes} are read")
-    at, values, waiting = 0, 0, [1]
-    while waiting:
-        if at >= len(frame):
-            raise ProtocolError(f"the frame ends after {len(frame)} bytes, in the middle of a value")
+    at, values, size = 0, 0, len(frame)
+    left, around = 1, []  # values that are still to come: at this level, and at each around it
+    while left:
+        if at >= size:
+            raise ProtocolError(f"the frame ends after {size} bytes, in the middle of a value")
         at, inside = _read_head(frame, at)
-        values, waiting[-1] = values + 1, waiting[-1] - 1
-        if values + inside > limits.values or inside > len(frame) - at:
+        values, left = values + 1, left - 1
+        if values + inside > limits.values or inside > size - at:
             raise ProtocolError(f"the frame promises more than {limits.values} values, or more than it holds")
         if inside:
-            waiting.append(inside)
-        while waiting and not waiting[-1]:
-            waiting.pop()
-        if len(waiting) > limits.depth:
-            raise ProtocolError(f"the frame is more than {limits.depth} levels deep")
-    if at != len(frame):
-        raise ProtocolError(f"the frame has {len(frame)} bytes, its value ends after {at}")
+            around.append(left)
+            left = inside
+            if len(around) >= limits.depth:
+                raise ProtocolError(f"the frame is more than {limits.depth} levels deep")
+        while not left and around:
+            left = around.pop()
+    if at != size:
+        raise ProtocolError(f"the frame has {size} bytes, its value ends after {at}")
     return values
 
 # %% ../../nbs/serving/00_protocol.ipynb #4ce9a221
+_TEXTS = {name.encode(): name for name in ("data", "dtype", "shape", "format")}  # openpi's keys are bytes
+
+
 def _keyed(value: Mapping, where: str, names: set[str]) -> dict[str, Any]:
     """A marked dictionary with text keys. Raises `ProtocolError` unless it has exactly these, besides its mark."""
-    found = {key.decode("ascii", "replace") if isinstance(key, bytes) else key: v for key, v in value.items()}
-    keys = {key for key in found if not (key.startswith("__") and key.endswith("__"))}
-    if keys != names or len(found) != len(names) + 1:
+    found = {_TEXTS.get(key, key): part for key, part in value.items()}
+    if not names < found.keys() or len(found) != len(names) + 1:
+        found = {repr(key): part for key, part in found.items()}
         raise ProtocolError(f"{where} must have the keys {sorted(names)} and its mark, got {sorted(found)}")
     return found
 
@@ -116,11 +124,14 @@ def _shape_of(value: Any, where: str) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+_DTYPES = {name: np.dtype(name) for name in DTYPES}
+
+
 def _dtype_of(value: Any, where: str) -> np.dtype:
     name = value.decode("ascii", "replace") if isinstance(value, bytes) else value
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in _DTYPES:
         raise ProtocolError(f"{where} has the dtype {value!r:.60}; allowed are {', '.join(DTYPES)}")
-    return np.dtype(name)
+    return _DTYPES[name]
 
 # %% ../../nbs/serving/00_protocol.ipynb #d4dd704e
 def read_array(
@@ -197,14 +208,21 @@ def image_entry(
     return {"__image__": True, "format": form, "data": file.getvalue(), "shape": list(image.shape)}
 
 # %% ../../nbs/serving/00_protocol.ipynb #c51f4f62
+_MARKS = {"__ndarray__": read_array, b"__ndarray__": read_array,
+          "__npgeneric__": read_scalar, b"__npgeneric__": read_scalar}  # fmt: skip
+
+
 def _build(value: Any, where: str, limits: Limits) -> Any:
     if isinstance(value, list):
-        return [_build(part, f"{where}[{i}]", limits) for i, part in enumerate(value)]
+        nested = (dict, list)
+        return [
+            _build(part, f"{where}[{i}]", limits) if isinstance(part, nested) else part
+            for i, part in enumerate(value)
+        ]
     if not isinstance(value, dict):
         return value
-    for mark, read in (("__ndarray__", read_array), ("__npgeneric__", read_scalar)):
-        if mark in value or mark.encode() in value:
-            return read(value, where)
+    if mark := next((mark for mark in _MARKS if mark in value), None):
+        return _MARKS[mark](value, where)
     if "__image__" in value:
         return read_image(value, where, limits)
     if odd := next((key for key in value if not isinstance(key, str)), None):
@@ -213,21 +231,37 @@ def _build(value: Any, where: str, limits: Limits) -> Any:
     return {key: _build(part, f"{inside}{key}", limits) for key, part in value.items()}
 
 
-def unpack(
+def read_frame(
     frame: bytes | str,  # as it came; a text is refused
     limits: Limits = Limits(),
 ) -> Any:
-    """What a frame holds, its arrays as numpy's. Raises `ProtocolError` and nothing else, whatever the frame is."""
+    """The values of a frame, arrays and images as they were packed. Raises `ProtocolError`."""
     if not isinstance(frame, bytes):
         raise ProtocolError(
             f"expected a binary frame of msgpack, got a {type(frame).__name__}: {frame!r:.60}"
         )
     scan(frame, limits)
     try:
-        value = msgpack.unpackb(frame, raw=False, strict_map_key=True)
+        return msgpack.unpackb(frame, raw=False, strict_map_key=True)
     except (ValueError, TypeError, RecursionError) as error:  # among them a text that is no UTF-8
         raise ProtocolError(f"the frame is no msgpack that can be read: {error}") from error
+
+
+def holds_image(value: Any) -> bool:
+    """Whether parsed values have an image in them, which takes a while to unpack."""
+    if isinstance(value, dict):
+        return "__image__" in value or any(map(holds_image, value.values()))
+    return isinstance(value, list) and any(map(holds_image, value))
+
+
+def build(value: Any, limits: Limits = Limits()) -> Any:
+    """Parsed values with numpy's arrays in place of packed ones. Raises `ProtocolError`."""
     return _build(value, "the message", limits)
+
+
+def unpack(frame: bytes | str, limits: Limits = Limits()) -> Any:
+    """What a frame holds, its arrays as numpy's. Raises `ProtocolError` and nothing else, whatever the frame is."""
+    return build(read_frame(frame, limits), limits)
 
 # %% ../../nbs/serving/00_protocol.ipynb #9cf61e0e
 def _plain(value: Any, text_keys: bool, images: str | None) -> Any:
