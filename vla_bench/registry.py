@@ -61,7 +61,7 @@ EXTRAS = {
     "google_crc32c": "rlds",
     "submitit": "cluster",
     "papermill": "notebook",
-} | {name: name for name in ("metaworld", "deepspeed", "tensorboard", "trackio", "wandb")}
+} | {name: name for name in ("metaworld", "deepspeed", "tensorboard", "trackio", "wandb", "zmq")}
 
 
 def install_hint(
