@@ -5321,4 +5321,8 @@ d = { 'settings': { 'branch': 'main',
                                      'vla_bench.viz.video.rollout_frames': ('viz/video.html#rollout_frames', 'vla_bench/viz/video.py'),
                                      'vla_bench.viz.video.save_video': ('viz/video.html#save_video', 'vla_bench/viz/video.py'),
                                      'vla_bench.viz.video.show_video': ('viz/video.html#show_video', 'vla_bench/viz/video.py')},
-            'vla_bench.viz.widgets': {'vla_bench.viz.widgets.explore': ('viz/widgets.html#explore', 'vla_bench/viz/widgets.py')}}}
+            'vla_bench.viz.widgets': { 'vla_bench.viz.widgets.action_text': ('viz/widgets.html#action_text', 'vla_bench/viz/widgets.py'),
+                                       'vla_bench.viz.widgets.episode_name': ('viz/widgets.html#episode_name', 'vla_bench/viz/widgets.py'),
+                                       'vla_bench.viz.widgets.explore': ('viz/widgets.html#explore', 'vla_bench/viz/widgets.py'),
+                                       'vla_bench.viz.widgets.still': ('viz/widgets.html#still', 'vla_bench/viz/widgets.py'),
+                                       'vla_bench.viz.widgets.with_still': ('viz/widgets.html#with_still', 'vla_bench/viz/widgets.py')}}}

@@ -25,6 +25,8 @@ def in_kernel() -> bool:
 class DisplayedLine(io.TextIOBase):
     """A text stream whose last line is shown in the notebook, in the place of the one before."""
 
+    encoding = "utf-8"  # tqdm then draws a smooth bar
+
     def __init__(self):
         super().__init__()
         self.line, self.shown = "", None
