@@ -92,6 +92,11 @@ MISTAKES = {
         "wrong": (["--verfy", "nowhere"], "--verfy"),
         "no file": (["nowhere"], "no evaluation in nowhere"),
     },
+    "compare": {
+        "missing": ([str(RUN)], "run_b"),
+        "wrong": ([str(RUN), str(RUN), "--allow", "protocol.max_stps"], "did you mean 'protocol.max_steps'"),
+        "no file": (["nowhere", str(RUN)], "nowhere"),
+    },
     "record": {
         "missing": (["--tasks", "drawer-open-v3"], "--out"),
         "wrong": (["--tasks", "drawer-open-v9", "--out", "new"], "did you mean 'drawer-open-v3'"),

@@ -8,7 +8,7 @@ Docs: https://vla-bench.github.io/vla_bench/evaluation/rollout.html.md"""
 __all__ = ['TRIALS', 'RENAMED_PROTOCOL_KEYS', 'HOPELESS', 'check_step_timeout', 'EvaluationSettings', 'EvaluatedPolicy',
            'check_settings', 'build_benchmark', 'Recording', 'Rollout', 'describe_returned', 'real_numbers',
            'check_chunk', 'run_episode', 'fingerprint', 'fingerprint_differences', 'with_current_keys', 'read_episodes',
-           'EpisodeLog', 'list_episodes', 'recording_path', 'evaluate']
+           'EpisodeLog', 'list_episodes', 'recording_path', 'run_rollouts', 'evaluate']
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #3166eacf
 import hashlib
@@ -547,7 +547,12 @@ class _Queue:
 HOPELESS = 2  # episodes that end in an error before any simulator has shown a scene
 
 
-def _run_episodes(rollouts: Iterator[Rollout], workers: Sequence, finish: Callable[[Rollout], None]) -> None:
+def run_rollouts(
+    rollouts: Iterator[Rollout],
+    workers: Sequence,  # from `open_workers`
+    finish: Callable[[Rollout], None],  # called with each that has ended
+) -> None:
+    """Plays episodes on simulators side by side. Raises `WorkerError` where none has ever worked."""
     queue = _Queue(rollouts, finish)
     for worker in workers:
         queue.begin(worker, next(rollouts, None))
@@ -579,7 +584,7 @@ def _run_all(
     try:
         num_envs = min(settings.num_envs, max(len(todo), 1))
         workers = open_workers(benchmark, num_envs, settings.step_timeout_s)
-        _run_episodes((Rollout(policy, e, settings, max_steps) for e in todo), workers, count)
+        run_rollouts((Rollout(policy, e, settings, max_steps) for e in todo), workers, count)
     except (WorkerError, KeyboardInterrupt) as error:
         done = f"{finished} of {total} episodes are finished and kept; run it again to continue"
         if isinstance(error, KeyboardInterrupt):
