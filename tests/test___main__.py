@@ -92,6 +92,11 @@ MISTAKES = {
         "wrong": (["--verfy", "nowhere"], "--verfy"),
         "no file": (["nowhere"], "no evaluation in nowhere"),
     },
+    "compare": {
+        "missing": ([str(RUN)], "run_b"),
+        "wrong": ([str(RUN), str(RUN), "--allow", "protocol.max_stps"], "did you mean 'protocol.max_steps'"),
+        "no file": (["nowhere", str(RUN)], "nowhere"),
+    },
     "record": {
         "missing": (["--tasks", "drawer-open-v3"], "--out"),
         "wrong": (["--tasks", "drawer-open-v9", "--out", "new"], "did you mean 'drawer-open-v3'"),
@@ -146,6 +151,11 @@ MISTAKES = {
         "no file": (["nowhere.py", "--out", "x.yaml"], "nowhere.py"),
     },
     "list": {"wrong": (["--colour", "red"], "--colour")},
+    "trust": {
+        "missing": ([], "FILE"),
+        "wrong": (["code.txt"], "code.txt is neither a Python file (.py) nor a notebook"),
+        "no file": (["mixture.py"], "imports: no file"),
+    },
     "new": {
         "missing": (["head"], "name"),
         "wrong": (["hed", "Mine"], "'hed'"),
@@ -262,6 +272,7 @@ def test_a_simulator_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, caps
 
 PACKAGE = Path(__file__).parents[1] / "vla_bench"
 FILES = [
+    "own_code",
     "training/imitation",
     "training/cotrain",
     "training/adapters",

@@ -23,7 +23,9 @@ NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_check
 PACKAGES = [
     "settings",
     "files",
+    "progress",
     "registry",
+    "own_code",
     "config",
     "data",
     "models",
@@ -40,11 +42,12 @@ BASE += [
     f"serving.{name}"
     for name in (
         *("protocol", "checks", "session", "client", "batching", "service", "server"),
-        *("openpi", "starvla", "vla_eval", "chunking", "real_time", "replay"),
+        *("openpi", "starvla", "vla_eval", "gr00t", "chunking", "real_time", "replay"),
     )
 ]
 # Tests of no single module, each with what it is about.
 CROSS_CUTTING = {
+    "training/test_own_code.py": "a file that a configuration imports: trained, continued, served",
     "test_grid.py": "every backbone with every head that can read it",
     "test_notebooks.py": "every notebook",
     "test_programs.py": "every component's module, run as a program",

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..benchmarks.benchmark import Benchmark
 from ..config import Config, ConfigError
 from .rollout import EvaluationSettings, build_benchmark, check_settings, evaluate
-from .statistics import wilson_interval
+from .statistics import success_interval
 from .workers import WorkerError
 
 # %% ../../nbs/evaluation/34_during_training.ipynb #duri0005
@@ -60,7 +60,7 @@ def rollout_row(
     row = {"eval/rollout_errors": errors} if errors else {}
     if not episodes:
         return row
-    low, high = wilson_interval(successes, episodes)
+    low, high = success_interval(successes, episodes)
     row |= {"eval/success_rate": successes / episodes, "eval/success_low": low, "eval/success_high": high}
     rates = {t: s / n for t, (s, n, _) in zip(tasks, counts.tolist()) if n}
     each = {f"eval/success_rate/{task}": rate for task, rate in rates.items()} if len(tasks) > 1 else {}

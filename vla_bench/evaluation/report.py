@@ -20,8 +20,9 @@ from typing import Any
 
 from ..config import cli_errors
 from .rollout import read_episodes, with_current_keys
-from .statistics import summarize
+from .statistics import INTERVALS, coverage, rate_interval, summarize
 from ..files import Kind, check_fields, read_json, read_manifest
+from ..registry import suggest
 
 # %% ../../nbs/evaluation/20_report.ipynb #00c9a7ec
 def load_evaluations(
@@ -47,12 +48,17 @@ _RATE: dict[str, Kind] = {
     "mean_steps": (float, None),
     "errors?": int,  # episodes without an outcome
 }
-_SUMMARY: dict[str, Kind] = {**_RATE, "mean_over_tasks": (float, None), "per_task": dict, "fingerprint": dict}
+_SUMMARY: dict[str, Kind] = {
+    **{**_RATE, "interval_method?": str},
+    **{"mean_over_tasks": (float, None), "per_task": dict, "fingerprint": dict},
+}
 
 
 def _read_summary(path: Path, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`summary.json`. Raises `ValueError` naming the field, also when it does not say what the episodes say."""
-    summary = read_json(path, _SUMMARY)
+    summary = {"interval_method": "wilson", **read_json(path, _SUMMARY)}  # what was written before it said so
+    if (method := summary["interval_method"]) not in INTERVALS:
+        raise ValueError(f"{path}: 'interval_method' is {method!r}{suggest(method, INTERVALS)}")
     check_fields(summary["fingerprint"], {"protocol?": dict}, f"{path}: in 'fingerprint'")
     check_fields(summary["per_task"], {task: _RATE for task in summary["per_task"]}, f"{path}: in 'per_task'")
     counts = summary["episodes"] + summary.get("errors", 0)
@@ -61,7 +67,7 @@ def _read_summary(path: Path, records: Sequence[dict[str, Any]]) -> dict[str, An
             f"{path} sums up {counts} episodes, {path.with_name('episodes.jsonl')} holds {len(records)}: "
             "evaluate again, which runs what is missing"
         )
-    counted = summarize(records)
+    counted = summarize(records, method)
     if counts == len(records) and (odd := [k for k in counted if counted[k] != summary[k]]):
         raise ValueError(
             f"{path}: {odd[0]!r} is {summary[odd[0]]!r:.60}, the episodes give {counted[odd[0]]!r:.60}: one of the two files was edited"
@@ -80,22 +86,23 @@ def _load_evaluation(folder: Path) -> dict[str, Any] | None:  # None before the 
     return {**summarize(records), "finished": False, "records": records} if records else None
 
 # %% ../../nbs/evaluation/20_report.ipynb #bffc38d5
-def success_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+def success_rows(
+    evaluation: dict[str, Any],  # from `load_evaluations`
+    method: str = INTERVALS[0],  # of the intervals, whichever the summary holds
+) -> list[dict[str, Any]]:
     """One row per task, and last a row `all`: successes, episodes, rate, interval, mean steps of successes."""
-    names = [*evaluation["per_task"].items(), ("all", evaluation)]
     return [
-        {
-            "task": name,
-            "successes": entry["successes"],
-            "episodes": entry["episodes"],
-            "success_rate": entry["success_rate"],
-            "low": entry["confidence_interval"][0],
-            "high": entry["confidence_interval"][1],
-            "mean_steps": entry["mean_steps"],
-            **({"errors": entry["errors"]} if "errors" in entry else {}),
-        }
-        for name, entry in names
+        _success_row(name, entry, method)
+        for name, entry in [*evaluation["per_task"].items(), ("all", evaluation)]
     ]
+
+
+def _success_row(name: str, entry: dict[str, Any], method: str) -> dict[str, Any]:
+    low, high = rate_interval(entry["successes"], entry["episodes"], method)
+    keys = ("successes", "episodes", "success_rate")
+    row = {"task": name, **{key: entry[key] for key in keys}, "low": low, "high": high}
+    errors = {"errors": entry["errors"]} if "errors" in entry else {}
+    return row | {"mean_steps": entry["mean_steps"]} | errors
 
 
 def success_table(
@@ -116,7 +123,7 @@ def plot_success(
     evaluation: dict[str, Any],  # from `load_evaluations`
     ax: Any | None = None,  # matplotlib axes; None makes a figure
 ) -> Any:  # the axes
-    """Success per task and in all, with 95% Wilson intervals."""
+    """Success per task and in all, with exact 95% intervals."""
     import matplotlib.pyplot as plt
 
     rows = success_rows(evaluation)
@@ -135,11 +142,14 @@ def plot_success(
     return ax
 
 # %% ../../nbs/evaluation/20_report.ipynb #ecc86f8f
-def report_text(run: str | Path) -> str:
-    """The evaluations of a run as text for a terminal."""
+def report_text(
+    run: str | Path,  # a run folder, or the folder of one evaluation
+    method: str = INTERVALS[0],  # of the intervals
+) -> str:
+    """The evaluations of a run as text for a terminal; a last line about an interval that is not exact."""
     parts = []
     for benchmark, evaluation in load_evaluations(run).items():
-        rows = success_rows(evaluation)
+        rows = success_rows(evaluation, method)
         width = max(len(row["task"]) for row in rows)
         parts.append(benchmark if evaluation["finished"] else f"{benchmark} (unfinished)")
         for row in rows:
@@ -150,6 +160,9 @@ def report_text(run: str | Path) -> str:
                 f"  {row['task']:{width}s}  {row['successes']:4d}/{row['episodes']:<4d} {rate}%"
                 f"  [{100 * row['low']:5.1f}, {100 * row['high']:5.1f}]  {steps:>4s} steps{errors}"
             )
+    if method != INTERVALS[0]:
+        kept = coverage([0.98], 50, method)[0]
+        parts.append(f"{method}: not exact; of 50 episodes at a true rate of 98% it covers {100 * kept:.1f}%")
     return "\n".join(parts)
 
 # %% ../../nbs/evaluation/20_report.ipynb #repo0021
@@ -185,14 +198,15 @@ def verify_text(run: str | Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(description="Success rates of a run, with 95% Wilson intervals")
+    parser = argparse.ArgumentParser(description="Success rates of a run, with 95% intervals")
     parser.add_argument("run", help="a run folder, or the folder of one evaluation")
     parser.add_argument(
         "--verify", action="store_true", help="compare the newest checkpoint with its manifest"
     )
+    parser.add_argument("--interval", choices=INTERVALS, default=INTERVALS[0], help="of a success rate")
     options = parser.parse_args(argv)
     with cli_errors():
-        print(report_text(options.run))
+        print(report_text(options.run, options.interval))
         if options.verify:
             print(verify_text(options.run))
 

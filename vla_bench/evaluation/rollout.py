@@ -8,7 +8,7 @@ Docs: https://vla-bench.github.io/vla_bench/evaluation/rollout.html.md"""
 __all__ = ['TRIALS', 'RENAMED_PROTOCOL_KEYS', 'HOPELESS', 'check_step_timeout', 'EvaluationSettings', 'EvaluatedPolicy',
            'check_settings', 'build_benchmark', 'Recording', 'Rollout', 'describe_returned', 'real_numbers',
            'check_chunk', 'run_episode', 'fingerprint', 'fingerprint_differences', 'with_current_keys', 'read_episodes',
-           'EpisodeLog', 'list_episodes', 'recording_path', 'evaluate']
+           'EpisodeLog', 'list_episodes', 'recording_path', 'run_rollouts', 'evaluate']
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #3166eacf
 import hashlib
@@ -38,6 +38,7 @@ from vla_bench.evaluation.workers import (
     ready,
 )
 from ..files import Kind, append_jsonl, hold_folder, read_json, read_jsonl, write_json, write_whole
+from ..progress import moving_bar
 from ..registry import BENCHMARKS, suggest
 from ..serving.session import prediction_seed
 
@@ -546,7 +547,12 @@ class _Queue:
 HOPELESS = 2  # episodes that end in an error before any simulator has shown a scene
 
 
-def _run_episodes(rollouts: Iterator[Rollout], workers: Sequence, finish: Callable[[Rollout], None]) -> None:
+def run_rollouts(
+    rollouts: Iterator[Rollout],
+    workers: Sequence,  # from `open_workers`
+    finish: Callable[[Rollout], None],  # called with each that has ended
+) -> None:
+    """Plays episodes on simulators side by side. Raises `WorkerError` where none has ever worked."""
     queue = _Queue(rollouts, finish)
     for worker in workers:
         queue.begin(worker, next(rollouts, None))
@@ -566,7 +572,7 @@ def _run_all(
 ) -> None:
     finished, successes, workers = total - len(todo), 0, []
     max_steps = settings.max_steps or benchmark.spec.max_steps
-    bar = tqdm(total=total, initial=finished, unit="episode", mininterval=2.0, disable=not show_progress)
+    bar = moving_bar(total=total, initial=finished, unit="episode", disable=not show_progress)
 
     def count(rollout: Rollout) -> None:
         nonlocal finished, successes
@@ -578,7 +584,7 @@ def _run_all(
     try:
         num_envs = min(settings.num_envs, max(len(todo), 1))
         workers = open_workers(benchmark, num_envs, settings.step_timeout_s)
-        _run_episodes((Rollout(policy, e, settings, max_steps) for e in todo), workers, count)
+        run_rollouts((Rollout(policy, e, settings, max_steps) for e in todo), workers, count)
     except (WorkerError, KeyboardInterrupt) as error:
         done = f"{finished} of {total} episodes are finished and kept; run it again to continue"
         if isinstance(error, KeyboardInterrupt):

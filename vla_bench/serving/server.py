@@ -293,11 +293,14 @@ def read_renamed(words: Sequence[str]) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 # %% ../../nbs/serving/40_server.ipynb #a2493bd4
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(
+    argv: Sequence[str] | None,
+    prog: str = "vla_bench serve",
+    port: int = 8000,
+    what: str = "Serve the policy of a run over a websocket.",
+) -> argparse.Namespace:
     """The words of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="vla_bench serve", description="Serve the policy of a run over a websocket."
-    )
+    parser = argparse.ArgumentParser(prog=prog, description=what)
     parser.add_argument(
         "--checkpoint", "--run", required=True, metavar="RUN", help="run or checkpoint folder"
     )
@@ -311,7 +314,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; others than this machine's need a key"
     )
-    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free")
+    parser.add_argument("--port", type=int, default=port, help="0 for any that is free")
     parser.add_argument(
         "--api_key_file", help="file whose first line is the key; else VLA_BENCH_API_KEY is read"
     )

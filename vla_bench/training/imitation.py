@@ -31,11 +31,12 @@ from tqdm import tqdm
 
 from ..config import Config, cli_errors, parse_cli
 from ..data.detectors import GRIPPER
+from ..files import NotWrittenError
+from ..progress import moving_bar
 from .best import note_best
 from .checkpoint import rng_state, set_rng_state
 from .data import Member
 from .ema import on_average
-from ..files import NotWrittenError
 from .guard import Spike, torch_rng, write_offending
 from .loop import EvaluationView, MetricsLog, action_error_sums, error_row, make_loader
 from .optim import parts_text
@@ -300,7 +301,7 @@ def show_parts(run: Run) -> None:
 def progress_bar(run: Run) -> tqdm:
     """A bar of steps, on the main process only."""
     steps = {"total": run.settings.max_train_steps, "initial": run.step}
-    return tqdm(**steps, desc=run.folder.name, mininterval=2.0, disable=not run.accelerator.is_main_process)
+    return moving_bar(**steps, desc=run.folder.name, disable=not run.accelerator.is_main_process)
 
 # %% ../../nbs/training/30_imitation.ipynb #ab17c007
 def arithmetic_of(run: Run) -> Arithmetic:

@@ -31,6 +31,7 @@ from .adapters import merge_into, restore_adapters
 from .build import build_framework, from_folder, read_section
 from .prepare import Prepare, to_device
 from ..heads.head import ActionHead, rename_parameters
+from ...own_code import import_kept, keep_code, own_files_of
 from ...registry import FRAMEWORKS
 
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #8ce12433
@@ -305,6 +306,7 @@ def save_pretrained(
     folder = Path(folder)
     save_weights(self, folder, weights)
     (folder / "framework.json").write_text(json.dumps(self.config, indent=2), encoding="utf-8")
+    keep_code(folder, own_files_of([self, *self.modules(), self.prepare]))
     self.vlm.save_config(folder / "vlm")
     if self.action_model.assets:
         self.action_model.save_assets(folder / "action_model")
@@ -319,6 +321,7 @@ def from_pretrained(
 ) -> Framework:
     """The framework that `save_pretrained` wrote. Raises `FileNotFoundError`, or `ValueError` for wrong weights."""
     folder = checkpoint_of(folder)
+    import_kept(folder)
     config = read_section(folder / "framework.json")
     dims = {name: config.pop(name) for name in ("action_dim", "state_dim")}
     adapters = config.pop("adapters", ())
