@@ -278,10 +278,10 @@ def main() -> None:
     options = parser.parse_args()
     print("a policy that costs nothing:")
     for clients in (1, 16):
-        compare(RandomPolicy(EMPTY), clients, options.rounds, 400)
+        compare(RandomPolicy(EMPTY), clients, options.rounds, max(clients, options.requests // 5))
     print("a policy that takes 10 ms for a batch of up to 16:")
     for clients in (1, 16):
-        compare(Steady(EMPTY, batch_size=16), clients, options.rounds, 40 * min(clients, 4))
+        compare(Steady(EMPTY, batch_size=16), clients, options.rounds, max(clients, options.requests // 20))
     rates = [load(options.run, options.clients, options.requests, size) for size in (options.batch_size, 1)]
     print(
         f"batches of {options.batch_size} against 1: {rates[0] / rates[1]:.2f} times the requests per second"

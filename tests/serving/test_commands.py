@@ -1,13 +1,9 @@
 """Every command that stands on the pages about servers and clients does what it says."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,21 +71,20 @@ def test_a_server_that_is_started_so_answers(command, copy, tmp_path, llava_obse
 
 
 @pytest.mark.parametrize("command", OTHERS)
-def test_another_command_does_what_it_says(command, copy, tmp_path, processes, capsys):
+def test_another_command_does_what_it_says(command, copy, tmp_path, processes, server, capsys):
     start, free_port = processes
     port = free_port()
     words = filled(command, copy, tmp_path / "key", port)
     if words[:2] == ["vla_bench", "evaluate"]:
-        server = start(main, ["serve", "--checkpoint", str(copy), "--port", str(port)])
+        serving = start(main, ["serve", "--checkpoint", str(copy), "--port", str(port)])
         main([*words[1:], *SHORT, "--out", str(tmp_path / "out")])
-        os.kill(server.pid, signal.SIGTERM)
-        server.join(timeout=30)
+        serving.terminate()
+        serving.join(timeout=30)
         assert (tmp_path / "out" / "episodes.jsonl").read_text().count("\n") >= 1
     elif words[1] == "experiments/speed/serving.py":
         less = ["--clients", "3", "--requests", "12", "--batch_size", "2", "--rounds", "1"]
-        done = subprocess.run([sys.executable, *words[1:], *less], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                              capture_output=True, text=True, timeout=240, check=False)  # fmt: skip
-        assert "times the requests per second" in done.stdout, done.stderr[-2000:]
+        done = server({"program": [*words[1:], *less], "cwd": str(ROOT), "env": {"PYTHONPATH": str(ROOT)}})
+        assert "times the requests per second" in done["output"], done["output"][-2000:]
     else:
         assert words[:3] == ["python", "-m", "vla_bench.serving.policy"], f"how is this run? {command}"
         from vla_bench.serving.policy import main as describe
