@@ -267,11 +267,7 @@ def test_every_drawn_frame_is_a_value_or_a_protocol_error(fuzz):
             assert_known(value)
         assert time.perf_counter() - begin < 2
 
-    tracemalloc.start()
     read()
-    held, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 96 << 20, (held, peak)  # of Hypothesis, and one image of as many pixels as may be
 
 
 def assert_known(value):
