@@ -9,7 +9,7 @@ BIN := .venv/bin
 EXTRAS := train,notebook,metaworld,dev
 # Two torch threads on a busy two-core machine are slower than one; a GPU machine does not notice.
 export OMP_NUM_THREADS ?= 1
-export MUJOCO_GL ?= egl
+export MUJOCO_GL ?= $(if $(filter Darwin,$(shell uname)),cgl,egl)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 RUNS := experiments/runs
@@ -137,8 +137,10 @@ format: setup
 	for folder in experiments figures; do nbdev-clean --fname $$folder; done
 	cp nbs/templates/*.ipynb vla_bench/templates/
 
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 lab: setup
-	jupyter lab nbs/index.ipynb
+	@test -z "$(AS_ROOT)" || echo "as root, as in a container: JupyterLab is started with --allow-root"
+	jupyter lab --ServerApp.root_dir=$(CURDIR) $(AS_ROOT) nbs/index.ipynb
 
 clean:
 	rm -rf _docs _proc _site_src

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 
 import nbformat
@@ -51,9 +52,19 @@ def readable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             cell.source = DIRECTIVE.sub("", cell.source)
             if only_imports(cell.source):
                 cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
+            for output in cell.outputs:
+                show_videos(output)
         cells.append(cell)
     notebook.cells = cells
     return notebook
+
+
+def show_videos(output: nbformat.NotebookNode) -> None:
+    """Makes HTML of an animated WebP, which Sphinx's renderer of notebooks does not know."""
+    data = output.get("data", {})
+    if content := data.pop("image/webp", None):
+        told = escape(data.get("text/plain", "a video"))
+        data["text/html"] = f'<img alt="{told}" src="data:image/webp;base64,{content.strip()}">'
 
 
 def only_imports(source: str) -> bool:

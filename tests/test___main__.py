@@ -102,6 +102,11 @@ MISTAKES = {
         "wrong": ([str(RUN), str(RUN), "--allow", "protocol.max_stps"], "did you mean 'protocol.max_steps'"),
         "no file": (["nowhere", str(RUN)], "nowhere"),
     },
+    "results": {
+        "missing": ([], "folder"),
+        "wrong": (["nowhere", "--ot", "board.md"], "--ot"),
+        "no file": (["nowhere"], "no summary.json below nowhere"),
+    },
     "record": {
         "missing": (["--tasks", "drawer-open-v3"], "--out"),
         "wrong": (["--tasks", "drawer-open-v9", "--out", "new"], "did you mean 'drawer-open-v3'"),

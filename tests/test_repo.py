@@ -47,6 +47,7 @@ BASE += [
 ]
 # Tests of no single module, each with what it is about.
 CROSS_CUTTING = {
+    "training/test_own_robot.py": "the notebook of a training, with a robot that no simulator has",
     "training/test_own_code.py": "a file that a configuration imports: trained, continued, served",
     "test_grid.py": "every backbone with every head that can read it",
     "test_notebooks.py": "every notebook",

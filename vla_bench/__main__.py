@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": ("vla_bench.evaluation.program", "evaluate a run in its simulator"),
     "report": ("vla_bench.evaluation.report", "print the success rates of a run"),
     "compare": ("vla_bench.evaluation.compare", "play the same episodes with two runs until one is better"),
+    "results": ("vla_bench.evaluation.results", "every evaluation below a folder, in one table"),
     "record": ("vla_bench.benchmarks.metaworld", "record MetaWorld's scripted experts as a dataset"),
     "collect": ("vla_bench.evaluation.collect", "record the episodes of a run as a dataset"),
     "validate": ("vla_bench.data.lerobot", "check a LeRobot dataset and print one sample"),

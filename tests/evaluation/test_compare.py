@@ -16,6 +16,8 @@ from vla_bench.evaluation.compare import (
     compare_runs,
     main,
     pair_order,
+    plot_course,
+    read_comparison,
     state_of,
     state_text,
     worth,
@@ -287,3 +289,33 @@ def test_a_simulator_that_never_works_ends_it(tmp_path, monkeypatch):
     monkeypatch.setattr(PointReach, "make", broken)
     with pytest.raises(WorkerError, match="no simulator here"):
         run(tmp_path)
+
+
+def test_a_comparison_is_read_back_from_its_files(tmp_path):
+    state, _ = run(tmp_path)
+    again, pairs = read_comparison(tmp_path)
+    assert again == state and len(pairs) == state["pairs"]
+    assert [(a["task"], a["episode"]) for a, _ in pairs] == [(b["task"], b["episode"]) for _, b in pairs]
+    assert sum(map(worth, pairs)) == state["counts"]["only_a"] - state["counts"]["only_b"]
+
+
+def test_one_that_has_not_ended_is_not_read_as_if_it_had(tmp_path):
+    run(tmp_path)
+    path = tmp_path / "comparison.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({key: content[key] for key in content if key != "pairs"}))
+    with pytest.raises(ValueError, match="has not ended; compare again"):
+        read_comparison(tmp_path)
+
+
+def test_the_picture_of_a_course_ends_at_the_bound(tmp_path):
+    run(tmp_path)
+    ax = plot_course(*read_comparison(tmp_path))
+    lead, above, below = (line.get_ydata() for line in ax.lines[:3])
+    assert lead[-1] >= above[-1] == -below[-1] > 0 and len(lead) == len(above)
+    assert ax.get_title() == "A is better"
+
+
+def test_the_notebook_of_a_comparison_runs_on_its_own(server):
+    done = server({"notebook": str(Path(__file__).parents[2] / "experiments/compare.ipynb")})
+    assert done["returncode"] == 0, done["output"][-4000:]

@@ -6,7 +6,7 @@ Docs: https://vla-bench.github.io/vla_bench/serving/protocol.html.md"""
 
 # %% auto #0
 __all__ = ['DTYPES', 'MAX_AXES', 'MODES', 'ProtocolError', 'Limits', 'scan', 'read_array', 'read_scalar', 'read_image',
-           'image_entry', 'read_frame', 'holds_image', 'build', 'unpack', 'pack']
+           'image_entry', 'read_frame', 'packed_images', 'build', 'unpack', 'pack']
 
 # %% ../../nbs/serving/00_protocol.ipynb #a836f5a4
 import io
@@ -31,7 +31,7 @@ class Limits:
     frame_bytes: int = 16 << 20  # of the whole frame; a Full HD image has 6 MB
     values: int = 20_000  # numbers, texts, arrays, lists and dictionaries together
     depth: int = 12  # of dictionaries and lists in one another
-    pixels: int = 4096 * 4096  # of an image that is unpacked
+    pixels: int = 4096 * 4096  # of all images that are unpacked
 
 
 DTYPES = (
@@ -247,15 +247,19 @@ def read_frame(
         raise ProtocolError(f"the frame is no msgpack that can be read: {error}") from error
 
 
-def holds_image(value: Any) -> bool:
-    """Whether parsed values have an image in them, which takes a while to unpack."""
+def packed_images(value: Any) -> list[Mapping]:
+    """The images in parsed values, as they were packed."""
     if isinstance(value, dict):
-        return "__image__" in value or any(map(holds_image, value.values()))
-    return isinstance(value, list) and any(map(holds_image, value))
+        return [value] if "__image__" in value else sum(map(packed_images, value.values()), [])
+    return sum(map(packed_images, value), []) if isinstance(value, list) else []
 
 
 def build(value: Any, limits: Limits = Limits()) -> Any:
     """Parsed values with numpy's arrays in place of packed ones. Raises `ProtocolError`."""
+    shapes = [each["shape"] for each in packed_images(value) if isinstance(each.get("shape"), list)]
+    pixels = sum(math.prod(shape[:2]) for shape in shapes if all(type(size) is int for size in shape))
+    if len(shapes) > 1 and pixels > limits.pixels:  # one alone is refused by its name
+        raise ProtocolError(f"the message has images of {pixels} pixels, at most {limits.pixels} are unpacked")
     return _build(value, "the message", limits)
 
 

@@ -43,7 +43,7 @@ from ..config import cli_errors, require, require_whole
 from ..data.layout import PolicySpec, image_sizes
 from .batching import Batcher, BatchPolicy
 from .openpi import OpenPI
-from .protocol import Limits, build, holds_image, read_frame
+from .protocol import Limits, build, packed_images, read_frame
 from .service import Dialect, Service, refusal
 from .starvla import StarVLA
 from .vla_eval import VlaEval
@@ -180,7 +180,7 @@ async def _reply(self: PolicyServer, dialect: Dialect, frame: bytes | str) -> by
     message = None
     try:
         parsed = read_frame(frame, self.limits)
-        if holds_image(parsed):
+        if packed_images(parsed):
             loop = asyncio.get_running_loop()
             message = await loop.run_in_executor(self.readers, build, parsed, self.limits)
         else:

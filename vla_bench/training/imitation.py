@@ -33,6 +33,7 @@ from ..config import Config, cli_errors, parse_cli
 from ..data.detectors import GRIPPER
 from ..files import NotWrittenError
 from ..progress import moving_bar
+from .ahead import received
 from .best import note_best
 from .checkpoint import rng_state, set_rng_state
 from .data import Member
@@ -61,7 +62,8 @@ def micro_batches(run: Run) -> Iterator[dict[str, dict]]:  # source to batch
     """One prepared batch of every source, again and again, from the present step to the end of the run."""
     loader = lambda name, s: make_loader(s.view, run.sampler(name), s.prepare, run.settings.num_workers)
     loaders = {name: loader(name, source) for name, source in run.sources.items()}
-    return (dict(zip(loaders, parts)) for parts in zip(*loaders.values()))
+    batches = (dict(zip(loaders, parts)) for parts in zip(*loaders.values()))
+    return received(batches) if run.settings.num_workers else batches
 
 # %% ../../nbs/training/30_imitation.ipynb #ab17c004
 def due(run: Run, interval: int, ahead: int = 0) -> bool:
