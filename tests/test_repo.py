@@ -42,7 +42,7 @@ BASE += [
     f"serving.{name}"
     for name in (
         *("protocol", "checks", "session", "client", "batching", "service", "server"),
-        *("openpi", "starvla", "vla_eval", "gr00t", "chunking", "real_time", "replay"),
+        *("connection", "openpi", "starvla", "vla_eval", "gr00t", "chunking", "real_time", "replay"),
     )
 ]
 # Tests of no single module, each with what it is about.
