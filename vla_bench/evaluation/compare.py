@@ -420,6 +420,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", help="folder of the results; comparisons/<other run> in the first one when left out"
     )
+    first = "of the first run: latest, best, a step, or a name"
+    parser.add_argument("--checkpoint_a", default="latest", help=first)
+    second = "of the second run, which may be the first one again"
+    parser.add_argument("--checkpoint_b", default="latest", help=second)
     parser.add_argument(
         "--alpha", type=float, default=0.05, help="how often two equal policies may be told apart"
     )
@@ -439,6 +443,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"{benchmark}: {options.run_a} less {options.run_b}\n{rows_text(rows)}")
             return
         how = {"alpha": options.alpha, "allowed": options.allow, "stop_early": not options.all}
+        how["checkpoints"] = options.checkpoint_a, options.checkpoint_b
         _, state = compare_runs(options.run_a, options.run_b, overrides, options.out, **how)
         print(state_text(state, (state["a"]["name"], state["b"]["name"])))
 

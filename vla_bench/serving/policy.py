@@ -262,6 +262,11 @@ def from_pretrained(
 ) -> Policy:
     """Loads a policy without network. Raises `FileNotFoundError` or `ValueError` naming what to restore."""
     found = find_checkpoint(folder, checkpoint)
+    if (found / "graph.json").is_file():  # see the page Exported
+        from vla_bench.serving.exported import load_exported
+
+        given = {"dataset": dataset, "head": head, "device": device}
+        return load_exported(found, **given, batch_size=None if batch_size == 1 else batch_size)
     check_checkpoint(found, verify=verify)
     spec = robot_spec(found, dataset)
     normalizers = load_normalizers(found, spec)
