@@ -60,7 +60,10 @@ def micro_batches(run: Run) -> Iterator[dict[str, dict]]:  # source to batch
     """One prepared batch of every source, again and again, from the present step to the end of the run."""
     loader = lambda name, s: make_loader(s.view, run.sampler(name), s.prepare, run.settings.num_workers)
     loaders = {name: loader(name, source) for name, source in run.sources.items()}
-    return (dict(zip(loaders, parts)) for parts in zip(*loaders.values()))
+    drawn = lambda name, batch: (
+        run.sources[name].draw(run.framework, batch) if run.sources[name].draw else batch
+    )
+    return ({n: drawn(n, part) for n, part in zip(loaders, parts)} for parts in zip(*loaders.values()))
 
 # %% ../../nbs/training/30_imitation.ipynb #ab17c004
 def due(run: Run, interval: int, ahead: int = 0) -> bool:
