@@ -65,7 +65,12 @@ def micro_batches(run: Run) -> Iterator[dict[str, dict]]:  # source to batch
     loader = lambda name, s: make_loader(s.view, run.sampler(name), s.prepare, run.settings.num_workers)
     loaders = {name: loader(name, source) for name, source in run.sources.items()}
     batches = (dict(zip(loaders, parts)) for parts in zip(*loaders.values()))
-    return received(batches) if run.settings.num_workers else batches
+    received_first = received(batches) if run.settings.num_workers else batches
+    # what is drawn is drawn here, not in the thread that receives: the generators are this thread's
+    drawn = lambda name, batch: (
+        run.sources[name].draw(run.framework, batch) if run.sources[name].draw else batch
+    )
+    return ({name: drawn(name, part) for name, part in parts.items()} for parts in received_first)
 
 # %% ../../nbs/training/30_imitation.ipynb #ab17c004
 def due(run: Run, interval: int, ahead: int = 0) -> bool:
