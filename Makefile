@@ -131,6 +131,8 @@ speed: setup $(DATA)/meta/info.json
 	python experiments/speed/train_step.py
 	python experiments/speed/loop_overhead.py
 	python experiments/speed/flow_sampling.py
+	test -d $(RUN)/checkpoints || $(MAKE) smoke
+	python experiments/speed/serving.py $(RUN)
 	$(if $(LEROBOT),python experiments/speed/samples.py $(LEROBOT))
 
 # Notebooks are the source: format them, write the package anew, keep only the outputs that teach.
