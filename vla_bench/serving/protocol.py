@@ -259,7 +259,9 @@ def build(value: Any, limits: Limits = Limits()) -> Any:
     shapes = [each["shape"] for each in packed_images(value) if isinstance(each.get("shape"), list)]
     pixels = sum(math.prod(shape[:2]) for shape in shapes if all(type(size) is int for size in shape))
     if len(shapes) > 1 and pixels > limits.pixels:  # one alone is refused by its name
-        raise ProtocolError(f"the message has images of {pixels} pixels, at most {limits.pixels} are unpacked")
+        raise ProtocolError(
+            f"the message has images of {pixels} pixels, at most {limits.pixels} are unpacked"
+        )
     return _build(value, "the message", limits)
 
 
