@@ -24,6 +24,7 @@ PACKAGES = [
     "settings",
     "files",
     "progress",
+    "timing",
     "registry",
     "own_code",
     "config",
@@ -37,7 +38,7 @@ PACKAGES = [
     "scaffold",
     "__main__",
 ]
-BASE = ["config", "registry", "settings", "files", "data.sample", "data.layout", "data.normalize"]
+BASE = ["config", "registry", "settings", "timing", "files", "data.sample", "data.layout", "data.normalize"]
 BASE += [
     f"serving.{name}"
     for name in (
