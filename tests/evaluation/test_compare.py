@@ -232,6 +232,16 @@ def test_two_runs_by_the_program(tmp_path, capsys):
     assert "llava step_000003" in printed and "at any moment" in printed
 
 
+def test_two_checkpoints_of_one_run(tmp_path, capsys):
+    run = shutil.copytree(RUN, tmp_path / "llava")
+    shutil.copytree(run / "checkpoints/step_000003", run / "checkpoints/step_000001")
+    words = ["evaluation.episodes=1", "evaluation.n_action_steps=2", "evaluation.max_steps=2"]
+    main([str(run), str(run), "--checkpoint_b", "1", *words])
+    printed = capsys.readouterr().out
+    assert "llava step_000003" in printed and "llava step_000001" in printed
+    assert (run / "comparisons/llava_step_000001/comparison.json").is_file()
+
+
 def test_results_go_to_the_first_run(tmp_path):
     for name in ("one", "two"):
         shutil.copytree(RUN, tmp_path / name)

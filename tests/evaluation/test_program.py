@@ -80,9 +80,13 @@ def test_an_error_is_one_line_and_exit_status_two(tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, asked",
     [
-        ([], {"dataset": None, "head": None, "verify": False}),
-        (["--verify"], {"dataset": None, "head": None, "verify": True}),
-        (["--dataset", "second"], {"dataset": "second", "head": None, "verify": False}),
+        ([], {"batch_size": 1, "dataset": None, "head": None, "verify": False}),
+        (["--verify"], {"batch_size": 1, "dataset": None, "head": None, "verify": True}),
+        (
+            ["--evaluation.batch_size", "2"],
+            {"batch_size": 2, "dataset": None, "head": None, "verify": False},
+        ),
+        (["--dataset", "second"], {"batch_size": 1, "dataset": "second", "head": None, "verify": False}),
     ],
 )
 def test_each_option_reaches_the_policy_that_is_loaded(words, asked, run, monkeypatch, capsys):

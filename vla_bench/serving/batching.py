@@ -92,6 +92,7 @@ class Batcher:
         self.arrivals: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self.groups: dict[Hashable, list[_Request]] = {}  # what waits; the worker's own
         self.lock, self.pending, self.closing = threading.Lock(), 0, False
+        self.clients: int | None = None  # that may ask, each one question at a time; None: nobody knows
         self.finishing = False  # the worker's own: `close` has reached it
         self.listeners: list[Callable[[], None]] = []  # called when the answers of a batch are there
         self.worker = threading.Thread(target=self.work, name="policy", daemon=True)
@@ -166,6 +167,11 @@ def _admit_all(self: Batcher, timeout: float | None) -> None:
 
 # %% ../../nbs/serving/30_batching.ipynb #854c413a
 @patch
+def _all_have_asked(self: Batcher) -> bool:
+    return self.clients is not None and self.pending >= self.clients
+
+
+@patch
 def next_batch(self: Batcher) -> list[_Request]:  # empty at the end
     """Waits for the next requests that are to be computed together."""
     timeout: float | None = 0.0
@@ -178,7 +184,8 @@ def next_batch(self: Batcher) -> list[_Request]:  # empty at the end
             group = min(self.groups, key=lambda each: self.groups[each][0].arrived)
             waiting = self.groups.pop(group)
             timeout = waiting[0].arrived + self.max_wait - time.monotonic()
-            if len(waiting) >= self.policy.batch_size or timeout <= 0 or self.finishing:
+            full = len(waiting) >= self.policy.batch_size or self._all_have_asked()
+            if full or timeout <= 0 or self.finishing:
                 batch, rest = waiting[: self.policy.batch_size], waiting[self.policy.batch_size :]
                 self.groups |= {group: rest} if rest else {}
                 return batch
