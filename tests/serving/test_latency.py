@@ -21,7 +21,7 @@ from vla_bench.serving.latency import (
 )
 from vla_bench.serving.policy import Policy
 from vla_bench.serving.server import serve_in_thread
-from vla_bench.timing import part, timed
+from vla_bench.timing import timed, timed_part
 
 ROOT = Path(__file__).parents[2]
 DATASET = "tests/fixtures/version_0_1/dataset"
@@ -38,7 +38,7 @@ def test_the_reply_says_how_long_each_part_took(toy):
 
     class Slow(policy_class):
         def predict_batch(self, observations, seeds):
-            with part("prepare"):
+            with timed_part("prepare"):
                 time.sleep(0.02)
             return super().predict_batch(observations, seeds)
 
@@ -81,7 +81,7 @@ def test_a_policy_says_how_long_it_prepares(run, llava_observation):
 
 
 def test_an_error_ends_a_part_too():
-    with pytest.raises(ValueError), timed() as parts, part("prepare"):
+    with pytest.raises(ValueError), timed() as parts, timed_part("prepare"):
         raise ValueError
     assert parts["prepare"] >= 0
     with timed() as parts:

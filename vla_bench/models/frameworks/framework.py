@@ -33,7 +33,7 @@ from .prepare import Prepare, to_device
 from ..heads.head import ActionHead, rename_parameters
 from ...own_code import import_kept, keep_code, own_files_of
 from ...registry import FRAMEWORKS
-from ...timing import part
+from ...timing import timed_part
 
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #8ce12433
 @contextmanager
@@ -229,7 +229,7 @@ def to_batch(self: Framework, examples: Sequence[Sample] | dict[str, Any]) -> di
 
     Raises `ValueError` for robots with different actions when the head cannot tell them apart.
     """
-    with part("prepare"):
+    with timed_part("prepare"):
         batch = examples if isinstance(examples, dict) else self.prepare(examples)
     if "action_mask" in batch and not self.action_model.masks_actions:
         raise ValueError(
