@@ -24,6 +24,7 @@ PACKAGES = [
     "settings",
     "files",
     "progress",
+    "timing",
     "registry",
     "own_code",
     "config",
@@ -37,7 +38,7 @@ PACKAGES = [
     "scaffold",
     "__main__",
 ]
-BASE = ["config", "registry", "settings", "files", "data.sample", "data.layout", "data.normalize"]
+BASE = ["config", "registry", "settings", "timing", "files", "data.sample", "data.layout", "data.normalize"]
 BASE += [
     f"serving.{name}"
     for name in (
@@ -60,6 +61,7 @@ CROSS_CUTTING = {
     "data/test_viewed_samples.py": "viewed and view: each sample, against numbers made by hand",
     "data/test_defaults.py": "every function of the data: what is left out, and what is not to be changed",
     "training/test_streamed_run.py": "data, loop and imitation: a run on a stream",
+    "evaluation/test_batches.py": "rollout, workers and policy: the observations of several simulators in one batch",
     "evaluation/test_failures.py": "rollout, workers and report: a simulator that raises or dies",
     "benchmarks/test_metaworld_episodes.py": "metaworld and rollout: what an episode of a simulator is made of",
     "evaluation/test_episodes.py": "rollout: what an episode is made of",

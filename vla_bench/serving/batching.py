@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from ..config import require, require_whole
 from ..data.layout import PolicySpec
 from .checks import check_actions
+from ..timing import timed
 
 # %% ../../nbs/serving/30_batching.ipynb #9151e65c
 class BatchPolicy(Protocol):
@@ -56,6 +57,7 @@ class Answer:
     queue_ms: float  # how long it waited for its turn
     model_ms: float  # how long its batch took
     batch: int  # requests that were answered together
+    prepare_ms: float = 0.0  # how much of `model_ms` it took to make tensors, where the policy says so
 
 
 @dataclass(eq=False)
@@ -204,7 +206,8 @@ def _alive(self: Batcher, request: _Request) -> bool:
 def _compute(self: Batcher, batch: Sequence[_Request]) -> None:
     begin = time.monotonic()
     try:
-        found = self.policy.predict_batch([r.observation for r in batch], [r.seed for r in batch])
+        with timed() as parts:
+            found = self.policy.predict_batch([r.observation for r in batch], [r.seed for r in batch])
         chunks = [check_actions(each, self.policy.spec) for each in found]
     except Exception as error:
         if len(batch) == 1:
@@ -216,7 +219,8 @@ def _compute(self: Batcher, batch: Sequence[_Request]) -> None:
     taken = time.monotonic() - begin
     for request, chunk in zip(batch, chunks, strict=True):
         waited = begin - request.arrived
-        request.future.set_result(Answer(chunk, 1e3 * waited, 1e3 * taken, len(batch)))
+        answer = Answer(chunk, 1e3 * waited, 1e3 * taken, len(batch), parts.get("prepare", 0.0))
+        request.future.set_result(answer)
 
 
 @patch

@@ -50,6 +50,7 @@ from ..models.frameworks.prepare import Prepare
 from ..registry import FRAMEWORKS
 from .graph import FixedInputs, GraphError, export_graph, fixed_inputs, graph_tensors
 from .policy import Policy, load_normalizers, sample_from
+from ..timing import timed_part
 from ..training.checkpoint import find_checkpoint, read_spec
 
 # %% ../../nbs/serving/72_exported.ipynb #f23c36fa
@@ -247,7 +248,8 @@ class GraphFramework(nn.Module):
         noise: Tensor | None = None,
     ) -> dict[str, np.ndarray]:  # normalized_actions, float32 [B, T, D]
         """Normalised chunks of a full batch. Raises `ValueError` for samples that the graph was not exported for."""
-        tensors = self.prepare(samples)
+        with timed_part("prepare"):
+            tensors = self.prepare(samples)
         if noise is None:
             noise = self.action_model.draw_noise(len(samples), generator, "cpu")
         tensors |= {} if noise is None else {"noise": noise}

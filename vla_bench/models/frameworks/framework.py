@@ -33,6 +33,7 @@ from .prepare import Prepare, to_device
 from ..heads.head import ActionHead, rename_parameters
 from ...own_code import import_kept, keep_code, own_files_of
 from ...registry import FRAMEWORKS
+from ...timing import timed_part
 
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #8ce12433
 @contextmanager
@@ -146,8 +147,8 @@ def get_fsdp_wrapping_policy(self: Framework) -> None:
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #d14b666a
 @patch
 def read(self: Framework, batch: dict[str, Any]) -> Features:
-    """The features of a batch, with state, embodiment and the mask of its robots' actions."""
-    named = {name: batch.get(name) for name in ("state", "embodiment", "action_mask")}
+    """The features of a batch, with state, embodiment, the mask of its robots' actions, and drawn delays."""
+    named = {name: batch.get(name) for name in ("state", "embodiment", "action_mask", "delay")}
     features = self.features(batch)
     return replace(features.detached() if self.knowledge_insulation else features, **named)
 
@@ -158,6 +159,13 @@ def draw_noise(self: Framework, features: Features, generator: torch.Generator |
     return self.action_model.draw_noise(len(features.mask), generator, features.mask.device)
 
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #63cb580c
+@patch
+def draw_delays(self: Framework, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch, with a `delay` where the head is to be given actions that are decided already."""
+    delay = self.action_model.draw_delays(batch["action_is_pad"])
+    return batch if delay is None else {**batch, "delay": delay}
+
+
 @patch
 def training_loss(
     self: Framework, batch: dict[str, Any], noise: Tensor | None, time: Tensor | None
@@ -221,7 +229,8 @@ def to_batch(self: Framework, examples: Sequence[Sample] | dict[str, Any]) -> di
 
     Raises `ValueError` for robots with different actions when the head cannot tell them apart.
     """
-    batch = examples if isinstance(examples, dict) else self.prepare(examples)
+    with timed_part("prepare"):
+        batch = examples if isinstance(examples, dict) else self.prepare(examples)
     if "action_mask" in batch and not self.action_model.masks_actions:
         raise ValueError(
             f"{batch['origin'][0]}: some robots lack numbers of an action that others have, and the head "
