@@ -44,6 +44,9 @@ ELSEWHERE = {
     "make lab": ("opens a browser", "tests/test_readme.py::test_jupyterlab_is_installed"),
     "make lowest": ("downloads other versions", "tests/test_readme.py::test_what_make_lowest_runs_exists"),
     "make format": ("writes the notebooks anew", "tests/test_repo.py::test_export_and_clean_change_nothing"),
+    "make clients": ("installs two environments", ".ci/run"),
+    "python experiments/speed/serving.py RUN": (
+        "has a test of its own", "tests/serving/test_commands.py::test_another_command_does_what_it_says"),
     "vla_bench serve --checkpoint RUN --batch_size 8": (
         "serves until it is ended", "tests/serving/test_server.py::test_a_server_that_is_killed_in_an_episode_is_waited_for"),
     "vla_bench evaluate --run RUN --server ws://127.0.0.1:8000": (

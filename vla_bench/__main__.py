@@ -38,12 +38,14 @@ COMMANDS = {
         "vla_bench.training.export",
         "write a run's backbone for transformers, or one of its heads as a run",
     ),
+    "graph": ("vla_bench.serving.exported", "write a run's policy as one graph of tensors"),
     "convert": (
         "vla_bench.models.interop.convert",
         "turn a checkpoint of another codebase into a run folder",
     ),
     "fluxvla": ("vla_bench.models.interop.fluxvla", "translate a configuration of FluxVLA to one of ours"),
     "list": ("vla_bench.models.compatibility", "what components there are, and which of them fit together"),
+    "trust": ("vla_bench.own_code", "allow code that a run brings with it"),
     "new": ("vla_bench.scaffold", "write the notebook of a new head, backbone or framework"),
 }
 FIRST_WORDS = {"record": ["record"]}  # of a module's own program, which has several commands

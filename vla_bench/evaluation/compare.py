@@ -43,6 +43,7 @@ from vla_bench.evaluation.rollout import (
     EvaluationSettings,
     Rollout,
     build_benchmark,
+    check_batch,
     check_settings,
     fingerprint,
     fingerprint_differences,
@@ -86,6 +87,7 @@ class Side:
     def __post_init__(self):
         self.benchmark = build_benchmark(self.settings, self.policy.spec)
         check_settings(self.policy.spec, self.benchmark, self.settings)
+        check_batch(self.policy, self.settings)
         self.identity = fingerprint(self.policy, self.benchmark, self.settings)
 
     def close(self) -> None:
@@ -109,7 +111,8 @@ def play(
         )
     limit = self.settings.max_steps or self.benchmark.spec.max_steps
     rollouts = iter([Rollout(self.policy, spec, self.settings, limit) for spec in todo])
-    run_rollouts(rollouts, self.workers, lambda rollout: self.log.append(rollout.record()))
+    keep = lambda rollout: self.log.append(rollout.record())
+    run_rollouts(rollouts, self.workers, keep, self.settings.batch_size)
 
 # %% ../../nbs/evaluation/38_compare.ipynb #ae5f6282
 _PLAN: dict[str, Kind] = {"plan": dict, "episodes": int, "tasks": [str], "order_seed": int, "allowed": [str]}
@@ -382,8 +385,9 @@ def compare_runs(
     found = [find_checkpoint(run, which) for (run, _), which in zip(read, checkpoints)]
     names = tuple(f"{run.name} {checkpoint.name}" for (run, _), checkpoint in zip(read, found))
     results = Path(out) if out is not None else read[0][0] / "comparisons" / names[1].replace(" ", "_")
-    policies = tuple(open_policy(checkpoint) for checkpoint in found)
-    return results, compare(policies, tuple(settings for _, settings in read), results, names=names, **how)
+    settings = tuple(each for _, each in read)
+    policies = tuple(open_policy(each, batch_size=s.batch_size) for each, s in zip(found, settings))
+    return results, compare(policies, settings, results, names=names, **how)
 
 # %% ../../nbs/evaluation/38_compare.ipynb #a0c92156
 def compare_played(

@@ -97,7 +97,8 @@ class Rollouts:
         from vla_bench.serving.policy import Policy
 
         name = f"step {run.step} of {run.folder.name}, in memory"
-        policy = Policy(run.framework, run.spec, run.data.members[0].normalizers, name)
+        loaded = run.framework, run.spec, run.data.members[0].normalizers
+        policy = Policy(*loaded, name, settings.batch_size)
         out = run.folder / "rollouts" / f"step_{run.step:06d}" / f"process_{run.accelerator.process_index}"
         shutil.rmtree(out, ignore_errors=True)  # of a run that was killed, and is at this step again
         try:
