@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from contextlib import redirect_stderr
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from vla_bench.config import ConfigError, load_config
 from vla_bench.files import list_checkpoints
+from vla_bench.models.frameworks.blocks import repeated_blocks
 from vla_bench.serving.policy import Policy
 from vla_bench.training.imitation import micro_batches, train, update
 from vla_bench.training.loop import read_metrics
@@ -289,6 +291,49 @@ def test_what_a_mode_cannot_do_is_refused_before_anything_is_written(mode, asked
         return (Path(cfg["run_root_dir"]) / "refused").exists()
 
     assert launched(refused, 2, environ(mode)) == [False, False]
+
+
+@pytest.mark.parametrize("mode", MODES[:-1] if WHOLE else ["ddp", "fsdp2", "zero2"])
+def test_the_average_of_two_processes_is_that_of_one(mode, run_in, losses):
+    """Both the averaged weights and those that the optimizer moves; a large eps keeps Adam from magnifying rounding."""
+    more = "--trainer.ema_decay 0.8 --trainer.ema_warmup true --trainer.optimizer_args {eps: 0.01} --trainer.warmup_steps 0"
+    more += " --trainer.learning_rate.base 0.01 --trainer.learning_rate.vlm 0.01"
+    one, two = run_in("one", options("one", 4, more=more)), run_in(mode, options("two", 2, more=more))
+    files = ("model.safetensors", "trainer/weights.safetensors")
+    ours, theirs = ([load_file(list_checkpoints(run)[-1] / name) for name in files] for run in (two, one))
+    for mine, others in zip(ours, theirs):
+        assert mine.keys() == others.keys() and len(others) > 30
+        for name, value in others.items():
+            torch.testing.assert_close(mine[name], value, atol=1e-6, rtol=0, msg=name)
+    averages, raw = theirs
+    assert max((averages[name] - raw[name]).abs().max().item() for name in raw if name in averages) > 1e-4
+    assert [row[1] for row in losses(two)] == pytest.approx([row[1] for row in losses(one)], abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2", *(["zero2", "zero3"] if WHOLE else [])])
+def test_recomputed_blocks_are_run_twice_and_learn_the_same(mode, config, launched, every_weight):
+    cfg = {each: config(options(each, 2, more=f"--trainer.gradient_checkpointing {each}"), "GR00T")
+           for each in ("true", "false")}  # fmt: skip
+
+    def three_steps(recompute):
+        run, calls = set_up(cfg[recompute]), {}
+        for path, block in repeated_blocks(run.framework).items():
+            child = next(iter(block.children()))
+            child.register_forward_pre_hook(
+                lambda *_, path=path: calls.update({path: calls.get(path, 0) + 1})
+            )
+        run.model.train()
+        stream = micro_batches(run)
+        found = [update(run, [next(stream)]) for _ in range(3)]
+        finish(run)
+        return found, calls
+
+    asked = every_weight if mode == "zero3" else environ(mode)
+    plain, again = (launched(partial(three_steps, each), 2, asked) for each in ("false", "true"))
+    for (seen, calls), (expected, once) in zip(again, plain):
+        assert once and calls == {path: 2 * count for path, count in once.items()}
+        assert [loss for loss, _ in seen] == pytest.approx([loss for loss, _ in expected], abs=1e-6)
+        assert [norm for _, norm in seen] == pytest.approx([norm for _, norm in expected], rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES if WHOLE else ["ddp", "fsdp2"])

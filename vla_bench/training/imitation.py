@@ -32,12 +32,13 @@ from tqdm import tqdm
 
 from ..config import Config, cli_errors, parse_cli
 from ..data.detectors import GRIPPER
+from ..files import NotWrittenError
+from ..progress import moving_bar
 from .ahead import received
 from .best import note_best
 from .checkpoint import rng_state, set_rng_state
 from .data import Member
 from .ema import on_average
-from ..files import NotWrittenError
 from .guard import Spike, torch_rng, write_offending
 from .loop import EvaluationView, MetricsLog, action_error_sums, error_row, make_loader
 from .optim import parts_text
@@ -64,7 +65,12 @@ def micro_batches(run: Run) -> Iterator[dict[str, dict]]:  # source to batch
     loader = lambda name, s: make_loader(s.view, run.sampler(name), s.prepare, run.settings.num_workers)
     loaders = {name: loader(name, source) for name, source in run.sources.items()}
     batches = (dict(zip(loaders, parts)) for parts in zip(*loaders.values()))
-    return received(batches) if run.settings.num_workers else batches
+    received_first = received(batches) if run.settings.num_workers else batches
+    # what is drawn is drawn here, not in the thread that receives: the generators are this thread's
+    drawn = lambda name, batch: (
+        run.sources[name].draw(run.framework, batch) if run.sources[name].draw else batch
+    )
+    return ({name: drawn(name, part) for name, part in parts.items()} for parts in received_first)
 
 # %% ../../nbs/training/30_imitation.ipynb #ab17c004
 def due(run: Run, interval: int, ahead: int = 0) -> bool:
@@ -306,7 +312,7 @@ def show_parts(run: Run) -> None:
 def progress_bar(run: Run) -> tqdm:
     """A bar of steps, on the main process only."""
     steps = {"total": run.settings.max_train_steps, "initial": run.step}
-    return tqdm(**steps, desc=run.folder.name, mininterval=2.0, disable=not run.accelerator.is_main_process)
+    return moving_bar(**steps, desc=run.folder.name, disable=not run.accelerator.is_main_process)
 
 # %% ../../nbs/training/30_imitation.ipynb #ab17c007
 def arithmetic_of(run: Run) -> Arithmetic:
