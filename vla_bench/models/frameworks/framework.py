@@ -31,7 +31,9 @@ from .adapters import merge_into, restore_adapters
 from .build import build_framework, from_folder, read_section
 from .prepare import Prepare, to_device
 from ..heads.head import ActionHead, rename_parameters
+from ...own_code import import_kept, keep_code, own_files_of
 from ...registry import FRAMEWORKS
+from ...timing import timed_part
 
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #8ce12433
 @contextmanager
@@ -232,7 +234,8 @@ def to_batch(self: Framework, examples: Sequence[Sample] | dict[str, Any]) -> di
 
     Raises `ValueError` for robots with different actions when the head cannot tell them apart.
     """
-    batch = examples if isinstance(examples, dict) else self.prepare(examples)
+    with timed_part("prepare"):
+        batch = examples if isinstance(examples, dict) else self.prepare(examples)
     if "action_mask" in batch and not self.action_model.masks_actions:
         raise ValueError(
             f"{batch['origin'][0]}: some robots lack numbers of an action that others have, and the head "
@@ -317,6 +320,7 @@ def save_pretrained(
     folder = Path(folder)
     save_weights(self, folder, weights)
     (folder / "framework.json").write_text(json.dumps(self.config, indent=2), encoding="utf-8")
+    keep_code(folder, own_files_of([self, *self.modules(), self.prepare]))
     self.vlm.save_config(folder / "vlm")
     if self.action_model.assets:
         self.action_model.save_assets(folder / "action_model")
@@ -331,6 +335,7 @@ def from_pretrained(
 ) -> Framework:
     """The framework that `save_pretrained` wrote. Raises `FileNotFoundError`, or `ValueError` for wrong weights."""
     folder = checkpoint_of(folder)
+    import_kept(folder)
     config = read_section(folder / "framework.json")
     dims = {name: config.pop(name) for name in ("action_dim", "state_dim")}
     adapters = config.pop("adapters", ())
