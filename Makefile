@@ -70,13 +70,17 @@ fuzz: setup
 CLIENTS ?= $(HOME)/.cache/vla_bench/clients
 RUN ?= $(RUNS)/smoke
 CLIENT_NEEDS := metaworld==3.1.1 mujoco==3.3.0 scipy omegaconf pyyaml pillow tqdm filelock packaging 'fastcore>=2.2.39,<3'
-clients: setup
+clients: setup $(CLIENTS)/.ready
 	test -d $(RUN)/checkpoints || $(MAKE) smoke
-	test -x $(CLIENTS)/openpi/bin/python || $(PYTHON) -m venv $(CLIENTS)/openpi
-	test -x $(CLIENTS)/vla_eval/bin/python || $(PYTHON) -m venv $(CLIENTS)/vla_eval
-	$(CLIENTS)/openpi/bin/python -m pip install -q 'openpi-client==0.1.2' typing_extensions 'numpy<2' $(CLIENT_NEEDS)
-	$(CLIENTS)/vla_eval/bin/python -m pip install -q vla-eval==0.8.0 $(CLIENT_NEEDS)
 	.ci/clients $(RUN) --openpi $(CLIENTS)/openpi/bin/python --vla_eval $(CLIENTS)/vla_eval/bin/python
+
+$(CLIENTS)/.ready: Makefile
+	$(PYTHON) -m venv $(CLIENTS)/openpi
+	$(PYTHON) -m venv $(CLIENTS)/vla_eval
+	$(CLIENTS)/openpi/bin/python -m pip install --disable-pip-version-check -q uv
+	$(CLIENTS)/openpi/bin/uv pip install -q --python $(CLIENTS)/openpi/bin/python openpi-client==0.1.2 typing_extensions 'numpy<2' $(CLIENT_NEEDS)
+	$(CLIENTS)/openpi/bin/uv pip install -q --python $(CLIENTS)/vla_eval/bin/python vla-eval==0.8.0 $(CLIENT_NEEDS)
+	touch $@
 
 # Runs that take long, whole: killed in every step of every mode, a save killed at a thousand places, twenty steps of every
 # mode beside one process, and the order of the samples of 500 drawn runs. Most of an hour.
@@ -127,6 +131,8 @@ speed: setup $(DATA)/meta/info.json
 	python experiments/speed/train_step.py
 	python experiments/speed/loop_overhead.py
 	python experiments/speed/flow_sampling.py
+	test -d $(RUN)/checkpoints || $(MAKE) smoke
+	python experiments/speed/serving.py $(RUN)
 	$(if $(LEROBOT),python experiments/speed/samples.py $(LEROBOT))
 
 # Notebooks are the source: format them, write the package anew, keep only the outputs that teach.

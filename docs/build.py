@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from html import escape
+from importlib.metadata import distribution
 from pathlib import Path
 
 import nbformat
@@ -17,6 +18,7 @@ from nbformat.v4 import new_markdown_cell
 
 ROOT = Path(__file__).parents[1]
 STAGE, OUT = ROOT / "_site_src", ROOT / "_docs"
+MATHJAX = "sphinx-mathjax-offline/static/mathjax/tex-svg.js"  # one file, fonts included
 DIRECTIVE = re.compile(r"^#\|[^\n]*\n?", re.M)
 HIDDEN = re.compile(r"^#\|\s*(hide|default_exp)\b", re.M)
 EXPORTED = re.compile(r"^#\|\s*(exports?|export_in_copy)\b", re.M)
@@ -106,6 +108,8 @@ def stage() -> list[Path]:
     nbformat.write(index, STAGE / "index.ipynb")
     shutil.copy(ROOT / "docs/conf.py", STAGE)
     shutil.copytree(ROOT / "docs/_static", STAGE / "_static")
+    (STAGE / "_static/mathjax").mkdir()
+    shutil.copy(distribution("sphinx-mathjax-offline").locate_file(MATHJAX), STAGE / "_static/mathjax")
     shutil.copytree(ROOT / "figures", STAGE / "figures", ignore=shutil.ignore_patterns("*.ipynb", ".gitkeep"))
     return pages
 
@@ -113,7 +117,7 @@ def stage() -> list[Path]:
 def main() -> None:
     pages = stage()
     shutil.rmtree(OUT, ignore_errors=True)
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", STAGE, OUT]
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d", STAGE / "doctrees", STAGE, OUT]
     code = subprocess.call([str(part) for part in command])
     print(f"{len(pages)} pages in {OUT.relative_to(ROOT)}" if not code else "the documentation has warnings")
     raise SystemExit(code)

@@ -82,6 +82,11 @@ MISTAKES = {
         "wrong": ([str(RUN), "out", "--head", "mlp"], "single head"),
         "no file": (["nowhere", "out"], "nowhere"),
     },
+    "graph": {
+        "missing": ([], "run"),
+        "wrong": ([str(RUN), "out", "--head", "mlp"], "single head"),
+        "no file": (["nowhere", "out"], "nowhere"),
+    },
     "evaluate": {
         "missing": ([], "--run"),
         "wrong": (["--run", str(RUN), "evaluation.episods=3"], "did you mean 'evaluation.episodes'"),
@@ -288,6 +293,8 @@ FILES = [
     "evaluation/report",
     "serving/policy",
     "serving/server",
+    "serving/exported",
+    "serving/gr00t",
     "scaffold",
 ]
 FILES += [f"models/{name}" for name in ("compatibility", "interop/convert", "interop/fluxvla")]

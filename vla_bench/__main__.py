@@ -38,6 +38,7 @@ COMMANDS = {
         "vla_bench.training.export",
         "write a run's backbone for transformers, or one of its heads as a run",
     ),
+    "graph": ("vla_bench.serving.exported", "write a run's policy as one graph of tensors"),
     "convert": (
         "vla_bench.models.interop.convert",
         "turn a checkpoint of another codebase into a run folder",

@@ -1,6 +1,6 @@
 """Many clients of one server: nothing lost, nothing mixed up, and what the server adds to the model.
 
-python experiments/speed/serving.py RUN [--clients 32] [--requests 2000] [--batch_size 8]
+python experiments/speed/serving.py RUN [--clients 32] [--requests 2000] [--batch_size 8] [--rounds 5]
 
 Three parts, each with its servers in processes of their own:
 
@@ -247,7 +247,7 @@ def cpu_s(process) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def compare(policy, clients: int, rounds: int = 5, requests: int = 400) -> None:
+def compare(policy, clients: int, rounds: int, requests: int) -> None:
     """The two servers in turns."""
     asked = questions(policy.spec, 10)
     frames = [
@@ -274,13 +274,14 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5, help="of the two servers in turns")
     options = parser.parse_args()
     print("a policy that costs nothing:")
     for clients in (1, 16):
-        compare(RandomPolicy(EMPTY), clients)
+        compare(RandomPolicy(EMPTY), clients, options.rounds, max(clients, options.requests // 5))
     print("a policy that takes 10 ms for a batch of up to 16:")
     for clients in (1, 16):
-        compare(Steady(EMPTY, batch_size=16), clients, rounds=2, requests=200)
+        compare(Steady(EMPTY, batch_size=16), clients, options.rounds, max(clients, options.requests // 20))
     rates = [load(options.run, options.clients, options.requests, size) for size in (options.batch_size, 1)]
     print(
         f"batches of {options.batch_size} against 1: {rates[0] / rates[1]:.2f} times the requests per second"

@@ -95,7 +95,8 @@ def test_the_state_is_that_of_the_test_on_its_records(tmp_path):
     ]
     order = [(e.task, e.episode) for e in pair_order(["reach-red", "reach-blue"], SETTINGS)]
     signs = [int(logs[0][key]["success"]) - int(logs[1][key]["success"]) for key in order if key in logs[0]]
-    decision, test = decide(SequentialPlan(60), signs)
+    rounds = [sum(signs[i : i + 2]) for i in range(0, len(signs), 2)]  # of two tasks, with a seed in common
+    decision, test = decide(SequentialPlan(60), rounds, 2)
     assert (state["decision"], state["pairs"]) == (decision, test.pairs)
     assert state["counts"]["only_a"] == signs[: test.pairs].count(1)
     assert state["counts"]["only_b"] == signs[: test.pairs].count(-1)
@@ -230,6 +231,16 @@ def test_two_runs_by_the_program(tmp_path, capsys):
     state = json.loads((tmp_path / "out/comparison.json").read_text())
     assert state["counts"]["only_a"] == state["counts"]["only_b"] == 0 and state["says"] in printed
     assert "llava step_000003" in printed and "at any moment" in printed
+
+
+def test_two_checkpoints_of_one_run(tmp_path, capsys):
+    run = shutil.copytree(RUN, tmp_path / "llava")
+    shutil.copytree(run / "checkpoints/step_000003", run / "checkpoints/step_000001")
+    words = ["evaluation.episodes=1", "evaluation.n_action_steps=2", "evaluation.max_steps=2"]
+    main([str(run), str(run), "--checkpoint_b", "1", *words])
+    printed = capsys.readouterr().out
+    assert "llava step_000003" in printed and "llava step_000001" in printed
+    assert (run / "comparisons/llava_step_000001/comparison.json").is_file()
 
 
 def test_results_go_to_the_first_run(tmp_path):

@@ -18,6 +18,7 @@ from vla_bench.evaluation.report import (
     verify_text,
 )
 from vla_bench.evaluation.statistics import success_interval, summarize
+from vla_bench.evaluation.suites import mean_interval
 from vla_bench.files import write_manifest
 from vla_bench.serving.policy import Policy
 from vla_bench.training.checkpoint import read_spec
@@ -107,16 +108,18 @@ def test_the_table_holds_the_same_numbers_by_benchmark_and_task(run):
 
 
 def test_the_text_shows_rates_in_per_cent_with_their_intervals(run):
+    low, high = (100 * bound for bound in mean_interval([(2, 3), (0, 1)]))
     assert (
         report_text(run)
-        == """\
+        == f"""\
 later (unfinished)
   push     1/2     50.0%  [  1.3,  98.7]    40 steps
   all      1/2     50.0%  [  1.3,  98.7]    40 steps
 sim
   push     2/3     66.7%  [  9.4,  99.2]    50 steps
   lift     0/1      0.0%  [  0.0,  97.5]     - steps
-  all      2/4     50.0%  [  6.8,  93.2]    50 steps"""
+  all      2/4     50.0%  [  6.8,  93.2]    50 steps
+  mean  over tasks  33.3%  [{low:5.1f}, {high:5.1f}]"""
     )
 
 

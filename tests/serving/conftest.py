@@ -127,7 +127,7 @@ def toy_process():
 
 # Frames that nobody should send
 
-fuzzing = settings(max_examples=4 * CASES, deadline=None, database=None, derandomize=CASES <= 20,
+fuzzing = settings(max_examples=2 * CASES, deadline=None, database=None, derandomize=CASES <= 20,
                    suppress_health_check=list(HealthCheck))  # fmt: skip
 
 

@@ -175,3 +175,13 @@ def test_a_setting_that_cannot_be_is_named(toy, setting):
     ToyPolicy, _ = toy
     with pytest.raises(ValueError, match=min(setting)):
         Batcher(ToyPolicy(), **setting)
+
+
+@pytest.mark.parametrize("clients, waits", [(1, False), (2, True), (None, True)])
+def test_a_batch_waits_only_for_those_who_may_still_ask(toy, clients, waits):
+    ToyPolicy, observation = toy
+    with Batcher(ToyPolicy(batch_size=4), max_wait_ms=300) as batcher:
+        batcher.clients = clients
+        begin = time.monotonic()
+        batcher.submit(observation(), 0).result(timeout=20)
+        assert (time.monotonic() - begin > 0.25) == waits

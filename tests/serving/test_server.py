@@ -249,6 +249,18 @@ def test_a_key_is_asked_for_on_every_path(toy, path, given, status):
         assert healthz_ms(server.url) < 5000  # which needs none
 
 
+def test_a_lone_client_does_not_wait_for_others(toy):
+    ToyPolicy, observation = toy
+    with serve_in_thread(ToyPolicy(), max_wait_ms=2000) as server, PolicyClient(server.url) as client:
+        begin = time.monotonic()
+        client.predict(observation(), seed=0)
+        assert time.monotonic() - begin < 1.5
+        with PolicyClient(server.url):
+            pass  # has come and gone
+        client.predict(observation(), seed=1)
+        assert time.monotonic() - begin < 3
+
+
 def test_a_full_server_says_so_and_is_free_again(toy):
     ToyPolicy, _ = toy
     with serve_in_thread(ToyPolicy(), max_connections=1) as server:

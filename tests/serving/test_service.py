@@ -25,7 +25,8 @@ def test_every_error_has_its_code(error, code):
     assert refusal(error).code == code
 
 
-def test_a_message_is_one_line():
+def test_a_message_is_one_line_and_not_a_long_one():
+    assert len(refusal(ValueError("x" * 10**6)).message) == 1000
     assert refusal(ValueError("first\n  second\tthird")).message == "first second third"
 
 

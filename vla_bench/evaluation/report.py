@@ -22,6 +22,7 @@ from typing import Any
 from ..config import cli_errors
 from .rollout import read_episodes, with_current_keys
 from .statistics import INTERVALS, coverage, rate_interval, summarize
+from .suites import mean_interval
 from ..files import Kind, check_fields, read_json, read_manifest
 from ..registry import suggest
 
@@ -147,6 +148,16 @@ def plot_success(
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
+# %% ../../nbs/evaluation/20_report.ipynb #repmean2
+def _mean_line(evaluation: dict[str, Any], width: int) -> list[str]:
+    """The mean over tasks, where it is not the rate of all episodes."""
+    entries = [each for each in evaluation["per_task"].values() if each["episodes"]]
+    if len({each["episodes"] for each in entries}) < 2:
+        return []
+    low, high = mean_interval([(each["successes"], each["episodes"]) for each in entries])
+    mean = 100 * evaluation["mean_over_tasks"]
+    return [f"  {'mean':{width}s}  over tasks {mean:5.1f}%  [{100 * low:5.1f}, {100 * high:5.1f}]"]
+
 # %% ../../nbs/evaluation/20_report.ipynb #ecc86f8f
 def report_text(
     run: str | Path,  # a run folder, or the folder of one evaluation
@@ -166,6 +177,7 @@ def report_text(
                 f"  {row['task']:{width}s}  {row['successes']:4d}/{row['episodes']:<4d} {rate}%"
                 f"  [{100 * row['low']:5.1f}, {100 * row['high']:5.1f}]  {steps:>4s} steps{errors}"
             )
+        parts += _mean_line(evaluation, width)
     if method != INTERVALS[0]:
         kept = coverage([0.98], 50, method)[0]
         parts.append(f"{method}: not exact; of 50 episodes at a true rate of 98% it covers {100 * kept:.1f}%")

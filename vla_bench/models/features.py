@@ -32,6 +32,9 @@ class Features:
     embodiment: Tensor | None = None  # long [B], which robot a sample is from, where there are several
     image: Tensor | None = None  # bool [B, L+K], true at an image's tokens; for heads that read the two apart
     action_mask: Tensor | None = None  # bool [B, D], the numbers that each sample's robot has; None: all
+    delay: Tensor | None = (
+        None  # long [R·B], first actions of each draw that are decided already; None: drawn
+    )
 
     @property
     def extra(self) -> Tensor:

@@ -201,7 +201,8 @@ class Gr00tClient:
         seen = [session.observation(row) for session, row in zip(sessions, rows)]
         seeds = [session.next_seed(asked) for session in sessions]
         answers = await asyncio.gather(*map(self.service.predict, seen, seeds))
-        timing = {"infer_ms": answers[0].model_ms, "queue_ms": answers[0].queue_ms}
+        first = answers[0]
+        timing = {"infer_ms": first.model_ms, "queue_ms": first.queue_ms, "prepare_ms": first.prepare_ms}
         return {"action": np.stack([each.actions for each in answers])}, {
             "seed": seeds,
             "server_timing": timing,

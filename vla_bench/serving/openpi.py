@@ -63,6 +63,7 @@ class OpenPI(Dialect):
         seed = session.next_seed(asked)
         answer = await self.service.predict(observation, seed)
         timing = {"infer_ms": answer.model_ms, "queue_ms": answer.queue_ms, "batch": answer.batch}
+        timing["prepare_ms"] = answer.prepare_ms  # of infer_ms
         timing |= {} if self.last_ms is None else {"prev_total_ms": self.last_ms}
         self.last_ms = 1e3 * (time.perf_counter() - begin)
         policy_timing = {"infer_ms": answer.model_ms}

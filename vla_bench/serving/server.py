@@ -117,6 +117,7 @@ class PolicyServer:
         self.policy, self.settings = policy, settings
         waiting = {name: getattr(settings, name) for name in ("max_wait_ms", "queue_size", "timeout_s")}
         self.batcher = Batcher(policy, **waiting)
+        self.batcher.clients = 0
         own = {name: getattr(settings, name) for name in ("seed", "n_action_steps", "renamed")}
         try:
             self.service = Service(self.batcher, **own)
@@ -211,6 +212,7 @@ async def handle(self: PolicyServer, connection: ServerConnection) -> None:
     talk = asyncio.create_task(self._converse(connection, dialect))
     gone = asyncio.create_task(connection.wait_closed())
     gone.add_done_callback(lambda _: talk.cancel())  # which gives up a request that is still computed
+    self.batcher.clients += 1
     try:
         await talk
     except (TimeoutError, asyncio.TimeoutError):
@@ -218,6 +220,7 @@ async def handle(self: PolicyServer, connection: ServerConnection) -> None:
     except (ConnectionClosed, asyncio.CancelledError):
         talk.cancel()
     finally:
+        self.batcher.clients -= 1
         self.busy.discard(connection)
         gone.cancel()
 
@@ -229,7 +232,7 @@ async def start(self: PolicyServer) -> None:
     self.server = await serve(
         self.handle, settings.host, settings.port,
         process_request=self.process_request, origins=[None], compression=None, server_header=None,
-        max_size=settings.frame_bytes, max_queue=1, ping_interval=20, ping_timeout=300, close_timeout=5,
+        max_size=settings.frame_bytes, max_queue=1, ping_interval=20, ping_timeout=300, close_timeout=1,
     )  # fmt: skip
 
 

@@ -92,6 +92,7 @@ from vla_bench.training.sources import (
     weighted,
 )
 from .trackers import tracker_names
+from .profile import StepProfiler, step_profiler
 from .zero import distribute
 
 # %% ../../nbs/training/25_run.ipynb #c8f85b2d
@@ -132,6 +133,7 @@ class TrainerSettings:
     rollout_episodes: int = 10  # per task
     rollout_first_seed: int = 40000  # of their scenes; the final evaluation has others, evaluation.first_seed
     spike_guard: Any = None  # a section such as {factor: 10, action: skip}: see `SpikeGuard`
+    profile: Any = None  # a section such as {skip: 3, steps: 3}: see `StepProfiler`
     trackers: Any = None  # tensorboard, trackio, wandb: see `tracker_names`
     peak_tflops: float | None = None  # of the device, where `PEAK_TFLOPS` has it not: for `mfu` in the log
     pretrained_checkpoint: str | None = None  # weights to start from: see `load_pretrained`
@@ -151,6 +153,7 @@ class TrainerSettings:
         require_whole("trainer.rollout_episodes", self.rollout_episodes, 1)
         require_whole("trainer.rollout_first_seed", self.rollout_first_seed, 0)
         spike_guard(self.spike_guard)
+        step_profiler(self.profile)
         peak = self.peak_tflops
         fits = peak is None or (is_number(peak) and peak > 0)
         require(fits, "trainer.peak_tflops", "a positive, finite number", peak)
@@ -289,6 +292,7 @@ FREE_KEYS = (
     "rollout_interval",
     "rollout_episodes",
     "rollout_first_seed",
+    "profile",
     "trackers",
     "peak_tflops",
     "keep_last",
@@ -550,6 +554,7 @@ class Run:
     ema: EMA | None = None  # the average of the weights, where one is kept
     trackers: list[str] = field(default_factory=list)  # where its numbers go besides metrics.jsonl
     guard: SpikeGuard | None = None  # refuses updates that jump
+    profiler: StepProfiler | None = None  # records some steps; on the main process
     rollouts: Any = None  # plays episodes on the present weights: see `open_rollouts`
 
     @property
@@ -846,6 +851,7 @@ def set_up(
     trained = accelerator, framework, wrapped, stepper, scheduler, learnt, sharding
     run = Run(folder, seed, settings, data, spec, *trained, parts=parts)
     run.ema, run.trackers, run.guard = average_of(run), trackers, guard_of(run)
+    run.profiler = step_profiler(settings.profile) if accelerator.is_main_process else None
     if checkpoint:
         restore(run, checkpoint, optimizer)
     run.rollouts = open_rollouts(run, cfg)

@@ -33,6 +33,7 @@ from .prepare import Prepare, to_device
 from ..heads.head import ActionHead, rename_parameters
 from ...own_code import import_kept, keep_code, own_files_of
 from ...registry import FRAMEWORKS
+from ...timing import timed_part
 
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #8ce12433
 @contextmanager
@@ -52,6 +53,7 @@ class Framework(nn.Module):
     """A policy in normalised terms. Subclasses are in the registry `FRAMEWORKS`."""
 
     reads = "last"  # what `features` provides, see `ActionHead.reads`
+    in_prompt = False  # whether queries or tokens of the head stand in the prompt, and not behind it
     default_head = "FlowMatching"
     head_defaults: Mapping[str, Any] = {}  # arguments of the default head that the framework needs
     prompt = "{lang}"  # template of the prompt; may hold {state}, as numbers -1 … 255
@@ -76,6 +78,10 @@ class Framework(nn.Module):
     def features(self, batch: dict[str, Any]) -> Features:
         """Runs the backbone as the head wants it."""
         raise NotImplementedError
+
+    def with_own(self, features: Features, batch: dict[str, Any]) -> Features:
+        """The features of the prompt with what this framework puts beside them; here nothing."""
+        return features
 
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #a8519d17
 def rename_old_parameters(framework: Framework, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -146,8 +152,8 @@ def get_fsdp_wrapping_policy(self: Framework) -> None:
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #d14b666a
 @patch
 def read(self: Framework, batch: dict[str, Any]) -> Features:
-    """The features of a batch, with state, embodiment and the mask of its robots' actions."""
-    named = {name: batch.get(name) for name in ("state", "embodiment", "action_mask")}
+    """The features of a batch, with state, embodiment, the mask of its robots' actions, and drawn delays."""
+    named = {name: batch.get(name) for name in ("state", "embodiment", "action_mask", "delay")}
     features = self.features(batch)
     return replace(features.detached() if self.knowledge_insulation else features, **named)
 
@@ -158,6 +164,13 @@ def draw_noise(self: Framework, features: Features, generator: torch.Generator |
     return self.action_model.draw_noise(len(features.mask), generator, features.mask.device)
 
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #63cb580c
+@patch
+def draw_delays(self: Framework, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch, with a `delay` where the head is to be given actions that are decided already."""
+    delay = self.action_model.draw_delays(batch["action_is_pad"])
+    return batch if delay is None else {**batch, "delay": delay}
+
+
 @patch
 def training_loss(
     self: Framework, batch: dict[str, Any], noise: Tensor | None, time: Tensor | None
@@ -221,7 +234,8 @@ def to_batch(self: Framework, examples: Sequence[Sample] | dict[str, Any]) -> di
 
     Raises `ValueError` for robots with different actions when the head cannot tell them apart.
     """
-    batch = examples if isinstance(examples, dict) else self.prepare(examples)
+    with timed_part("prepare"):
+        batch = examples if isinstance(examples, dict) else self.prepare(examples)
     if "action_mask" in batch and not self.action_model.masks_actions:
         raise ValueError(
             f"{batch['origin'][0]}: some robots lack numbers of an action that others have, and the head "
