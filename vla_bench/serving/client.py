@@ -25,6 +25,7 @@ from ..data.windows import History
 from .checks import check_actions, message_from
 from .connection import ClientConnection
 from .protocol import Limits, ProtocolError, pack, unpack
+from .real_time import Prefix, prefix_message
 from .session import prediction_seed
 
 # %% ../../nbs/serving/10_client.ipynb #5edb50b9
@@ -185,9 +186,11 @@ def predict(
     observation: Mapping[str, Any],  # image: list of PIL images; lang: str; state: [S], physical
     *,
     seed: int,  # of the noise of a generative head
+    prefix: Prefix | None = None,  # what the chunk that is carried out says from now on
 ) -> np.ndarray:  # float64 [T, D], physical
     """The action chunk for one observation. Raises `ValueError` for one that does not fit, and as `request` does."""
-    reply = self.request({**message_from(observation, self.spec), "seed": seed})
+    held = {} if prefix is None else {"prefix": prefix_message(prefix)}
+    reply = self.request({**message_from(observation, self.spec), **held, "seed": seed})
     if not isinstance(reply, dict) or reply.get("seed") != seed:
         raise ServerError(
             "failed", f"{self.url} answered another question: its reply has not the seed {seed}"
@@ -210,9 +213,11 @@ class ClientEpisode:
         self.client, self.seed, self.predictions = client, seed, 0
         self.history = History(client.spec.observation_steps)
 
-    def predict(self, observation: Mapping[str, Any]) -> np.ndarray:  # float64 [T, D]
+    def predict(
+        self, observation: Mapping[str, Any], prefix: Prefix | None = None
+    ) -> np.ndarray:  # float64 [T, D]
         """The chunk for the observation of one moment. Raises as `PolicyClient.predict` does."""
         seen = self.history.add(observation) if self.client.spec.observation_steps > 1 else observation
-        chunk = self.client.predict(seen, seed=prediction_seed(self.seed, self.predictions))
+        chunk = self.client.predict(seen, seed=prediction_seed(self.seed, self.predictions), prefix=prefix)
         self.predictions += 1
         return chunk

@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from .protocol import pack
+from .real_time import prefix_from
 from .service import Dialect, Refusal, Service
 from .session import Session
 
@@ -58,8 +59,11 @@ class OpenPI(Dialect):
         return pack(await self._infer(session, fields, begin))
 
     async def _infer(self, session: Session, fields: dict[str, Any], begin: float) -> dict[str, Any]:
-        self.in_episode, asked = True, fields.pop("seed", None)
+        self.in_episode, asked, held = True, fields.pop("seed", None), fields.pop("prefix", None)
         observation = session.observation(fields)
+        if held is not None:
+            spec = self.service.spec
+            observation = {**observation, "prefix": prefix_from(held, spec.horizon, spec.action.dim)}
         seed = session.next_seed(asked)
         answer = await self.service.predict(observation, seed)
         timing = {"infer_ms": answer.model_ms, "queue_ms": answer.queue_ms, "batch": answer.batch}

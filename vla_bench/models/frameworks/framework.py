@@ -30,6 +30,7 @@ from ..features import Features
 from .adapters import merge_into, restore_adapters
 from .build import build_framework, from_folder, read_section
 from .prepare import Prepare, to_device
+from ..heads.flow import Steer
 from ..heads.head import ActionHead, rename_parameters
 from ...own_code import import_kept, keep_code, own_files_of
 from ...registry import FRAMEWORKS
@@ -196,6 +197,21 @@ def actions(
     noise = self.draw_noise(features, generator) if noise is None else noise
     return self.action_model.sample(features, noise)
 
+
+@patch
+def continued_actions(
+    self: Framework,
+    batch: dict[str, Any],
+    generator: torch.Generator | None,
+    noise: Tensor | None,
+    prefix: Tensor | None,  # [B, d, D]
+    steer: Steer | None,
+) -> Tensor:  # [B, T, the head's D]
+    """The head's actions where an old chunk has a say. Only for heads with `continues`."""
+    features = self.read(batch)
+    noise = self.draw_noise(features, generator) if noise is None else noise
+    return self.action_model.sample(features, noise, prefix=prefix, steer=steer)
+
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #c01cb8d8
 def check_losses(
     losses: dict[str, Tensor],
@@ -268,12 +284,22 @@ def predict_action(
     *,
     generator: torch.Generator | None = None,  # of heads that draw noise
     noise: Tensor | None = None,
+    prefix: Tensor | None = None,  # [B, d, D], normalised: actions that are decided already
+    steer: Steer | None = None,  # changes the velocity of a flow
 ) -> dict[str, np.ndarray]:  # normalized_actions, float32 [B, T, D]
-    """Normalised action chunks, in evaluation mode."""
-    batch = self.to_batch(examples)
+    """Normalised action chunks, in evaluation mode. Raises `ValueError` for a head that cannot go on from others."""
+    batch, head, continued = (
+        self.to_batch(examples),
+        self.action_model,
+        not (prefix is None and steer is None),
+    )
+    if continued and not head.continues:
+        raise ValueError(f"{type(head).__name__} takes neither prefix nor steer; heads that flow do")
     with evaluating(self):
-        actions = self.actions(batch, generator, noise)
-    head = self.action_model
+        if continued:
+            actions = self.continued_actions(batch, generator, noise, prefix, steer)
+        else:
+            actions = self.actions(batch, generator, noise)
     check_actions(actions, (len(batch["lang"]), self.horizon, head.action_dim), type(head).__name__)
     return {"normalized_actions": actions[..., : self.action_dim].float().cpu().numpy()}
 

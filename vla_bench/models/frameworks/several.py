@@ -46,6 +46,7 @@ from .framework import Framework
 from .gr00t import mark_images
 from .pi0 import check_kept, keys_and_values
 from .prepare import Prepare
+from ..heads.flow import Steer
 from ..heads.head import ActionHead
 from ..heads.several import Heads
 from ...registry import FRAMEWORKS, HEADS, RegistryError, arguments_of, suggest
@@ -296,6 +297,20 @@ def actions(
 ) -> Tensor:  # [B, T, D]
     """The actions of the policy's head."""
     return self.parts[self.action_model.policy_head].actions(batch, generator, noise)
+
+
+@patch
+def continued_actions(
+    self: SeveralHeads,
+    batch: dict[str, Any],
+    generator: torch.Generator | None,
+    noise: Tensor | None,
+    prefix: Tensor | None,
+    steer: Steer | None,
+) -> Tensor:  # [B, T, D]
+    """The actions of the policy's head where an old chunk has a say."""
+    acting = self.parts[self.action_model.policy_head]
+    return acting.continued_actions(batch, generator, noise, prefix, steer)
 
 
 @patch

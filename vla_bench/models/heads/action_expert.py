@@ -69,6 +69,7 @@ class ActionExpertHead(ActionHead):
     """Flow matching with an expert in the backbone's attention: π0 (arXiv 2410.24164), π0.5 (arXiv 2504.16054)."""
 
     reads = "cache"
+    continues = True
     offers_attention = True
     masks_actions = True
 
@@ -267,17 +268,26 @@ def denoise(
 
 @patch
 def sample(
-    self: ActionExpertHead, features: Features, noise: Tensor | None = None, prefix: Tensor | None = None
+    self: ActionExpertHead,
+    features: Features,
+    noise: Tensor | None = None,
+    prefix: Tensor | None = None,
+    steer: flow.Steer | None = None,
 ) -> Tensor:
     """Normalised actions [B, T, D] after N Euler steps from noise.
 
     `noise` is [B, T, D], x_1. `prefix` is [B, d, D], actions that are decided already, d at most `rtc_max_delay`.
+    `steer` changes the velocity, see `flow.Steer`.
     """
     decided = None if prefix is None else flow.check_prefix(self, prefix, len(features.mask))
-    if decided is None or not decided.shape[1]:
+    behind = decided is not None and decided.shape[1] > 0
+    if not behind and steer is None:
         return self.denoise(features, noise)[0]
-    x, known = flow.initial_noise(self, noise, len(decided), decided.device), self.encode_context(features)
-    velocity, times = lambda x, t: self.velocity(x, t, known)[0], summed_times(self.steps)
+    x = flow.initial_noise(self, noise, len(features.mask), features.mask.device)
+    known, times = self.encode_context(features), summed_times(self.steps)
+    velocity = lambda x, t: self.velocity(x, t, known)[0]
+    if not behind:
+        return flow.euler_steered(steer, velocity, x, features.action_mask, times)
     return flow.euler_behind(decided, velocity, x, features.action_mask, times)
 
 # %% ../../../nbs/models/heads/90_action_expert.ipynb #dca956ef

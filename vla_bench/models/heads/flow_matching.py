@@ -27,6 +27,8 @@ from vla_bench.models.heads.flow import (
     clean_prefix,
     euler,
     euler_behind,
+    Steer,
+    euler_steered,
     euler_times,
     flow_loss,
     hold_absent,
@@ -82,6 +84,7 @@ def position_rows(max_positions: int | None, horizon: int) -> int:
 class DiTFlowHead(ActionHead):
     """Flow matching with a diffusion transformer; a subclass says what its blocks look at."""
 
+    continues = True
     offers_attention = True
     embodiment_specific = True
     masks_actions = True
@@ -249,11 +252,16 @@ def denoise(self: DiTFlowHead, x: Tensor, encoded: Features) -> Tensor:
 # %% ../../../nbs/models/heads/40_flow_matching.ipynb #flma0036
 @patch
 def sample(
-    self: DiTFlowHead, features: Features, noise: Tensor | None = None, prefix: Tensor | None = None
+    self: DiTFlowHead,
+    features: Features,
+    noise: Tensor | None = None,
+    prefix: Tensor | None = None,
+    steer: Steer | None = None,
 ) -> Tensor:
     """Normalised actions [B, T, D] after K Euler steps from noise.
 
     `noise` is [B, T, D], x_0. `prefix` is [B, d, D], actions that are decided already, d at most `rtc_max_delay`.
+    `steer` changes the velocity, see `Steer`.
     """
     x = initial_noise(self, noise, len(features.hidden), features.hidden.device)
     encoded = self.encode_context(features)
@@ -261,6 +269,14 @@ def sample(
     if decided is not None and decided.shape[1]:
         velocity = lambda x, t: self.velocity(x, t, encoded)[0]
         return euler_behind(decided, velocity, x, encoded.action_mask, euler_times(self.steps))
+    if steer is not None:
+        return euler_steered(
+            steer,
+            lambda x, t: self.velocity(x, torch.full(x.shape[:1], t, device=x.device), encoded)[0],
+            x,
+            encoded.action_mask,
+            euler_times(self.steps),
+        )
     return run_compiled(self, x, encoded) if self.compiles else self.denoise(x, encoded)
 
 # %% ../../../nbs/models/heads/40_flow_matching.ipynb #flma0033

@@ -62,6 +62,12 @@ def chosen(self: Heads) -> ActionHead:
 
 
 @patch(as_prop=True)
+def continues(self: Heads) -> bool:
+    """Whether the policy's head goes on from actions that are decided already."""
+    return self.chosen.continues
+
+
+@patch(as_prop=True)
 def offers_attention(self: Heads) -> bool:
     """Whether the policy's head tells where the actions look."""
     return self.chosen.offers_attention

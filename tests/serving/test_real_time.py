@@ -1,0 +1,250 @@
+"""Chunks that go on from others: a prefix through policy, server and client; the times; a delayed server on a clock."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vla_bench.config import ConfigError
+from vla_bench.data.layout import Layout, PolicySpec
+from vla_bench.data.normalize import Normalizer, Statistics
+from vla_bench.models.backbones.tiny import write_tiny
+from vla_bench.models.frameworks.build import build_framework
+from vla_bench.serving.checks import message_from
+from vla_bench.serving.client import PolicyClient, RefusedError
+from vla_bench.serving.policy import Policy
+from vla_bench.serving.real_time import (
+    MAX_LATE,
+    Prefix,
+    RealTime,
+    check_times,
+    prefix_message,
+    prefix_weights,
+)
+from vla_bench.serving.replay import RandomPolicy, ReplayPolicy
+from vla_bench.serving.server import serve_in_thread
+
+H = 8
+SPEC = PolicySpec(
+    action=Layout(("dx", "dy")),
+    state=Layout(("x",)),
+    cameras=("top",),
+    image_size=(32, 32),
+    horizon=H,
+    control_rate=10.0,
+    normalization={"action": "min_max", "state": "min_max"},
+    dataset="toy",
+    statistics_hash="0" * 16,
+)
+HEADS = {
+    "GR00T": {"type": "FlowMatching", "hidden_size": 16, "num_layers": 2, "num_heads": 2, "rtc_max_delay": 3,
+              "num_future_tokens": 2, "dropout": 0.0, "num_inference_timesteps": 4},
+    "OFT": {"type": "MLP", "hidden_size": 16, "num_queries": 2},
+}  # fmt: skip
+
+
+def statistics(low, high):
+    low, high = np.array(low), np.array(high)
+    return Statistics(
+        min=low, max=high, mean=(low + high) / 2, std=(high - low) / 4, q01=low, q99=high, count=9
+    )
+
+
+NORMALIZERS = {
+    "action": Normalizer(statistics([0.0, -10.0], [4.0, 30.0]), "min_max"),
+    "state": Normalizer(statistics([0.0], [1.0]), "min_max"),
+}
+
+
+@pytest.fixture(scope="module")
+def make_policy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny = {
+        "image_size": 32,
+        "hidden_size": 32,
+        "num_layers": 1,
+        "vision_hidden_size": 32,
+        "vision_layers": 1,
+    }
+    write_tiny("qwen2_5_vl", folder, corpus=["go"], **tiny)
+
+    def make(name="GR00T", **options):
+        torch.manual_seed(0)
+        section = {"name": name, "vlm": {"base_vlm": str(folder)}, "action_horizon": H}
+        model = build_framework(section | {"action_model": HEADS[name]}, action_dim=2, state_dim=1)
+        with torch.no_grad():
+            for parameter in model.action_model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        return Policy(model, SPEC, NORMALIZERS, "tiny", **options)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def policy(make_policy):
+    return make_policy()
+
+
+def seen(state=0.5, colour="red"):
+    return {"image": [Image.new("RGB", (32, 32), colour)], "lang": "go", "state": [state]}
+
+
+def old(rows=H, seed=0):
+    return np.random.default_rng(seed).uniform([0.5, -5.0], [3.5, 25.0], (rows, 2))
+
+
+@pytest.mark.parametrize("delay", [1, 3])
+def test_a_model_trained_with_a_delay_keeps_the_decided_actions_exactly(policy, delay):
+    given = old()
+    chunk = policy.predict(seen(), seed=0, prefix=Prefix(given, delay, 4, "trained"))
+    np.testing.assert_allclose(chunk[:delay], given[:delay], rtol=1e-6, atol=1e-5)
+    free = policy.predict(seen(), seed=0)
+    assert np.abs(chunk[delay:] - free[delay:]).max() > 1e-3  # and the rest knows of them
+
+
+def test_the_ramp_keeps_the_frozen_actions_and_leaves_the_free_ones(policy):
+    given = old()
+    chunk = policy.predict(seen(), seed=0, prefix=Prefix(given, 2, 4, "ramp"))
+    np.testing.assert_allclose(chunk[:2], given[:2], rtol=1e-5, atol=1e-4)
+    assert np.abs(chunk[4:] - given[4:]).max() > 0.1
+
+
+def test_guidance_comes_nearer_to_the_old_chunk_where_it_holds(policy):
+    given, free = old(), policy.predict(seen(), seed=0)
+    chunk = policy.predict(seen(), seed=0, prefix=Prefix(given, 2, 4, "guided"))
+    assert np.abs(chunk[:2] - given[:2]).mean() < 0.7 * np.abs(free[:2] - given[:2]).mean()
+
+
+@pytest.mark.parametrize("method", ["trained", "guided", "ramp"])
+def test_without_a_delay_and_without_an_overlap_nothing_changes(policy, method):
+    chunk = policy.predict(seen(), seed=3, prefix=Prefix(np.zeros((0, 2)), 0, H, method))
+    np.testing.assert_allclose(chunk, policy.predict(seen(), seed=3), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["trained", "guided", "ramp"])
+def test_an_answer_does_not_depend_on_who_else_asks(make_policy, method):
+    policy = make_policy(batch_size=4)
+    asked = [{**seen(0.1 * i), "prefix": Prefix(old(seed=i), 2, 4, method)} for i in range(3)]
+    asked += [seen(0.7), {**seen(0.2), "prefix": Prefix(old(), 1, 4, method)}]
+    together = policy.predict_batch(asked, range(5))
+    alone = [policy.predict_batch([each], [seed])[0] for seed, each in enumerate(asked)]
+    assert [each.tobytes() for each in together] == [each.tobytes() for each in alone]
+
+
+@pytest.mark.parametrize("method", ["trained", "guided", "ramp"])
+def test_a_prefix_travels_through_server_and_client(policy, method):
+    prefix = Prefix(old(), 2, 4, method, "linear")
+    with serve_in_thread(policy) as server, PolicyClient(server.url) as client:
+        served = client.predict(seen(), seed=1, prefix=prefix)
+    assert served.tobytes() == policy.predict(seen(), seed=1, prefix=prefix).tobytes()
+
+
+def test_a_longer_delay_than_was_trained_is_refused(policy):
+    with pytest.raises(ValueError, match="prefix holds 4 actions, but FlowMatchingHead was trained with"):
+        policy.predict(seen(), seed=0, prefix=Prefix(old(), 4, 4, "trained"))
+
+
+def test_a_head_that_does_not_flow_is_refused_by_name(make_policy):
+    policy = make_policy("OFT")
+    with pytest.raises(ValueError, match="MLPHead takes no 'prefix'"):
+        policy.predict(seen(), seed=0, prefix=Prefix(old(), 2, 4))
+    sample = {**seen(), "state": np.zeros(1, np.float32), "dataset": "toy", "origin": "test"}
+    with pytest.raises(ValueError, match="MLPHead takes neither prefix nor steer"):
+        policy.framework.predict_action([sample], prefix=torch.zeros(1, 2, 2))
+
+
+@pytest.mark.parametrize("kind", ["replay", "random"])
+def test_policies_without_a_network_refuse_a_prefix(kind):
+    policy = ReplayPolicy(SPEC, [([seen()], np.zeros((1, 2)))]) if kind == "replay" else RandomPolicy(SPEC)
+    with pytest.raises(ValueError, match=f"a {kind} policy takes no 'prefix'"):
+        policy.predict({**seen(), "prefix": Prefix(old(), 2, 4)}, seed=0)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"steps": 1}, "steps must be from the delay"),
+        ({"steps": 7}, "steps must be from the delay to what is left of the horizon, 2 to 6"),
+        ({"delay": 5}, "delay must be at most half"),
+        ({"delay": 2.0}, "delay"),
+        ({"method": "guidance"}, "there is no method 'guidance'"),
+        ({"slope": ["exp"]}, "there is no slope"),
+        ({"actions": np.zeros((3, 2))}, r"actions are \[3, 2\], expected numbers \[4 to 8, 2\]"),
+        ({"actions": np.zeros((8, 3))}, r"expected numbers \[4 to 8, 2\]"),
+        ({"actions": np.full((8, 2), np.inf)}, "must be finite"),
+        ({"actions": [[0, 0]]}, "must be an array"),
+        ({"speed": 1}, "unknown field 'speed'"),
+    ],
+)  # fmt: skip
+def test_the_server_refuses_a_prefix_that_does_not_fit(policy, change, named):
+    with serve_in_thread(policy) as server, PolicyClient(server.url) as client:
+        message = message_from(seen(), SPEC) | {"prefix": prefix_message(Prefix(old(), 2, 4)) | change}
+        with pytest.raises(RefusedError, match=named):
+            client.request(message)
+        assert client.predict(seen(), seed=0).shape == (H, 2)
+
+
+def test_a_prefix_becomes_what_the_model_would_have_predicted(policy):
+    given = Prefix(old(5), 2, 4)
+    found = policy._old_actions({**seen(), "prefix": given})
+    np.testing.assert_allclose(found[:5, 0], given.actions[:, 0] / 2 - 1, atol=1e-6)
+    np.testing.assert_allclose(found[:5, 1], (given.actions[:, 1] - 10) / 20, atol=1e-6)
+    np.testing.assert_array_equal(found[5:], 0)
+
+
+# The times
+
+
+@pytest.mark.parametrize("horizon", [4, 9])
+def test_the_inequalities_hold_for_all_times_and_no_others(horizon):
+    for delay in range(horizon + 1):
+        for steps in range(1, horizon + 2):
+            if delay <= steps <= horizon - delay:
+                check_times(horizon, delay, steps)
+            else:
+                with pytest.raises(ConfigError):
+                    check_times(horizon, delay, steps)
+
+
+def test_weights_by_hand():
+    third = np.array([2 / 3, 1 / 3])  # two positions between one frozen and two free, H=5, d=1, s=2
+    np.testing.assert_allclose(prefix_weights(5, 1, 2, "linear"), [1, *third, 0, 0])
+    np.testing.assert_allclose(
+        prefix_weights(5, 1, 2), [1, *third * (np.exp(third) - 1) / (np.e - 1), 0, 0]
+    )  # 0.3678, 0.0767
+    np.testing.assert_allclose(prefix_weights(5, 1, 2)[1:3], [0.36770, 0.07675], atol=1e-5)
+
+
+def test_the_prefix_of_a_clock_is_what_is_left():
+    clock, chunk = RealTime(8, 2, 3), np.arange(8.0)[:, None]
+    assert clock.prefix("guided") is None
+    clock.add(chunk)
+    for _ in range(4):  # one step later than it could look
+        clock.take()
+    prefix = clock.prefix("ramp", "ones")
+    assert prefix.actions.ravel().tolist() == [4, 5, 6, 7]
+    assert (prefix.delay, prefix.steps, prefix.method, prefix.slope) == (2, 4, "ramp", "ones")
+
+
+def test_a_chunk_that_ends_too_soon_is_not_asked_for():
+    clock = RealTime(8, 2, 3)
+    clock.begin()
+    clock.add(np.zeros((8, 1)))
+    clock.now = 7
+    with pytest.raises(ConfigError, match="2 to 6"):
+        clock.prefix("guided")
+    assert clock.looked is None
+
+
+def test_late_chunks_are_discarded_and_five_in_a_row_are_an_error():
+    clock = RealTime(8, 2, 3)
+    clock.begin()
+    clock.add(np.zeros((8, 1)))
+    for number in range(MAX_LATE):
+        clock.begin()
+        clock.now += 3
+        if number < MAX_LATE - 1:
+            assert clock.add(np.ones((8, 1))) is False
+    assert clock.chunk.max() == 0
+    with pytest.raises(TimeoutError, match="5 chunks in a row"):
+        clock.add(np.ones((8, 1)))
