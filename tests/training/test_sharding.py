@@ -4,7 +4,9 @@ import json
 import math
 import os
 import shutil
+from contextlib import redirect_stderr
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -105,11 +107,21 @@ def test_what_runs_is_what_was_asked_for(mode, config, launched):
         assert sum(own for *_, own, _ in told) == told[0][-1]
 
 
+def norms_of_parts(run):
+    """The norms of the gradient part by part, of each logged step."""
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+    return [{key: value for key, value in row.items() if key.startswith("grad_norm/")} for row in rows]
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_two_processes_give_the_losses_of_one(mode, run_in, losses):
+def test_two_processes_give_the_losses_and_the_gradients_of_one(mode, run_in, losses):
     one, two = run_in("one", options("one", 4)), run_in(mode, options("two", 2))
     assert [row[1] for row in losses(two)] == pytest.approx([row[1] for row in losses(one)], abs=1e-5)
     assert [row[2] for row in losses(two)] == pytest.approx([row[2] for row in losses(one)], rel=1e-4)
+    alone, shared = norms_of_parts(one), norms_of_parts(two)
+    assert len(alone) == STEPS and {"grad_norm/vlm/vision_encoder", "grad_norm/action_model"} <= {*alone[0]}
+    for here, there in zip(alone, shared):
+        assert there == pytest.approx(here, rel=1e-3, abs=1e-6)
     (weights, moments, groups), (others, other_moments, other_groups) = state(two), state(one)
     assert (
         weights.keys() == others.keys() and moments.keys() == other_moments.keys() and groups == other_groups
@@ -331,6 +343,22 @@ def test_counting_the_arithmetic_changes_nothing(mode, run_in, losses):
     assert losses(counted) == losses(plain)
     told = ["mfu" in row for row in read_metrics(counted / "metrics.jsonl") if "loss" in row]
     assert told == [not mode.startswith("zero")] * STEPS
+
+
+def test_a_run_that_cannot_count_its_arithmetic_says_so_once(config, launched):
+    cfg = config(
+        options(
+            "told", 2, more="--trainer.peak_tflops 1 --trainer.max_train_steps 1 --trainer.warmup_steps 0"
+        )
+    )
+
+    def told():
+        with redirect_stderr(StringIO()) as said:
+            train(cfg)
+        return [line for line in said.getvalue().splitlines() if "peak_tflops" in line]
+
+    line = "trainer.peak_tflops: arithmetic is not counted under DeepSpeed (zero2), so the log has no mfu"
+    assert launched(told, 2, environ("zero2")) == [[line], []]
 
 
 def test_a_spike_under_fsdp2_is_kept_without_weights_and_leaves_them(config, launched):

@@ -46,7 +46,7 @@ from .profile import profiled
 from .run import Run, finish, save, set_up
 from .stopping import STATUS, agreed, interruptible, stop_requests
 from .trackers import close_trackers, open_trackers
-from .utilization import Arithmetic, gradient_norms, memory, peak_tflops
+from .utilization import Arithmetic, memory, peak_tflops
 
 # %% ../../nbs/training/30_imitation.ipynb #1d32dadd
 def step_shares(
@@ -100,7 +100,7 @@ def update(
             losses.append({k: v.detach() * share[n] for n, own in found.items() for k, v in own.items()})
             if accelerator.sync_gradients:
                 logged = due(run, run.settings.log_interval, ahead=1)
-                run.grad_norms = gradient_norms(run.framework) if logged else {}
+                run.grad_norms = run.sharding.gradient_norms() if logged else {}
                 norm = run.sharding.clip(run.settings.gradient_clipping)
                 if not math.isfinite(norm):
                     raise FloatingPointError(not_finite(run, f"gradient's norm is {norm}", number))
@@ -320,8 +320,12 @@ def arithmetic_of(run: Run) -> Arithmetic:
     device, settings = run.accelerator.device, run.settings
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     known = peak_tflops(name, settings.mixed_precision, settings.peak_tflops)
-    passes = settings.gradient_accumulation_steps
-    return Arithmetic(known if run.sharding.can_refuse else None, passes)  # DeepSpeed keeps what is rehearsed
+    if not run.sharding.can_refuse:  # DeepSpeed keeps what is rehearsed
+        if settings.peak_tflops:
+            text = f"trainer.peak_tflops: arithmetic is not counted under DeepSpeed ({run.sharding.mode}), so the log has no mfu"
+            run.accelerator.print(text, file=sys.stderr)
+        known = None
+    return Arithmetic(known, settings.gradient_accumulation_steps)
 
 
 def rehearse(run: Run, micro: dict[str, dict]) -> None:
