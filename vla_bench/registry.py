@@ -60,6 +60,7 @@ EXTRAS = {
     "h5py": "hdf5",
     "google_crc32c": "rlds",
     "submitit": "cluster",
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
     "papermill": "notebook",
 } | {name: name for name in ("metaworld", "deepspeed", "tensorboard", "trackio", "wandb", "zmq")}
 
