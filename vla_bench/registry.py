@@ -61,7 +61,9 @@ EXTRAS = {
     "google_crc32c": "rlds",
     "submitit": "cluster",
     "papermill": "notebook",
-} | {name: name for name in ("metaworld", "deepspeed", "tensorboard", "trackio", "wandb")}
+    "robosuite": "libero",
+    "bddl": "libero",
+} | {name: name for name in ("metaworld", "libero", "deepspeed", "tensorboard", "trackio", "wandb")}
 
 
 def install_hint(
@@ -464,6 +466,11 @@ BENCHMARKS = Registry(
     "vla_bench.benchmarks",
     {
         "metaworld": Known("vla_bench.benchmarks.metaworld", ("MetaWorld",)),
+        "libero_spatial": Known("vla_bench.benchmarks.libero"),
+        "libero_object": Known("vla_bench.benchmarks.libero"),
+        "libero_goal": Known("vla_bench.benchmarks.libero"),
+        "libero_10": Known("vla_bench.benchmarks.libero", ("libero_long",)),
+        "libero_90": Known("vla_bench.benchmarks.libero"),
         "point": Known("vla_bench.benchmarks.point"),
     },
     Contract("vla_bench.benchmarks.benchmark.Benchmark", takes=("tasks", "cameras", "image_size")),
