@@ -9,7 +9,7 @@ BIN := .venv/bin
 EXTRAS := train,notebook,metaworld,dev
 # Two torch threads on a busy two-core machine are slower than one; a GPU machine does not notice.
 export OMP_NUM_THREADS ?= 1
-export MUJOCO_GL ?= egl
+export MUJOCO_GL ?= $(if $(filter Darwin,$(shell uname)),cgl,egl)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 RUNS := experiments/runs
@@ -70,13 +70,17 @@ fuzz: setup
 CLIENTS ?= $(HOME)/.cache/vla_bench/clients
 RUN ?= $(RUNS)/smoke
 CLIENT_NEEDS := metaworld==3.1.1 mujoco==3.3.0 scipy omegaconf pyyaml pillow tqdm filelock packaging 'fastcore>=2.2.39,<3'
-clients: setup
+clients: setup $(CLIENTS)/.ready
 	test -d $(RUN)/checkpoints || $(MAKE) smoke
-	test -x $(CLIENTS)/openpi/bin/python || $(PYTHON) -m venv $(CLIENTS)/openpi
-	test -x $(CLIENTS)/vla_eval/bin/python || $(PYTHON) -m venv $(CLIENTS)/vla_eval
-	$(CLIENTS)/openpi/bin/python -m pip install -q 'openpi-client==0.1.2' typing_extensions 'numpy<2' $(CLIENT_NEEDS)
-	$(CLIENTS)/vla_eval/bin/python -m pip install -q vla-eval==0.8.0 $(CLIENT_NEEDS)
 	.ci/clients $(RUN) --openpi $(CLIENTS)/openpi/bin/python --vla_eval $(CLIENTS)/vla_eval/bin/python
+
+$(CLIENTS)/.ready: Makefile
+	$(PYTHON) -m venv $(CLIENTS)/openpi
+	$(PYTHON) -m venv $(CLIENTS)/vla_eval
+	$(CLIENTS)/openpi/bin/python -m pip install --disable-pip-version-check -q uv
+	$(CLIENTS)/openpi/bin/uv pip install -q --python $(CLIENTS)/openpi/bin/python openpi-client==0.1.2 typing_extensions 'numpy<2' $(CLIENT_NEEDS)
+	$(CLIENTS)/openpi/bin/uv pip install -q --python $(CLIENTS)/vla_eval/bin/python vla-eval==0.8.0 $(CLIENT_NEEDS)
+	touch $@
 
 # LIBERO beside MetaWorld: an environment that sees this one's packages, the official assets (0.2 GB, by their commit; another
 # folder by VLA_BENCH_LIBERO_ASSETS), and every test that needs them: about twenty minutes.
@@ -140,6 +144,8 @@ speed: setup $(DATA)/meta/info.json
 	python experiments/speed/train_step.py
 	python experiments/speed/loop_overhead.py
 	python experiments/speed/flow_sampling.py
+	test -d $(RUN)/checkpoints || $(MAKE) smoke
+	python experiments/speed/serving.py $(RUN)
 	$(if $(LEROBOT),python experiments/speed/samples.py $(LEROBOT))
 
 # Notebooks are the source: format them, write the package anew, keep only the outputs that teach.
@@ -150,8 +156,10 @@ format: setup
 	for folder in experiments figures; do nbdev-clean --fname $$folder; done
 	cp nbs/templates/*.ipynb vla_bench/templates/
 
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 lab: setup
-	jupyter lab nbs/index.ipynb
+	@test -z "$(AS_ROOT)" || echo "as root, as in a container: JupyterLab is started with --allow-root"
+	jupyter lab --ServerApp.root_dir=$(CURDIR) $(AS_ROOT) nbs/index.ipynb
 
 clean:
 	rm -rf _docs _proc _site_src

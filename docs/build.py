@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+from html import escape
+from importlib.metadata import distribution
 from pathlib import Path
 
 import nbformat
@@ -16,6 +18,7 @@ from nbformat.v4 import new_markdown_cell
 
 ROOT = Path(__file__).parents[1]
 STAGE, OUT = ROOT / "_site_src", ROOT / "_docs"
+MATHJAX = "sphinx-mathjax-offline/static/mathjax/tex-svg.js"  # one file, fonts included
 DIRECTIVE = re.compile(r"^#\|[^\n]*\n?", re.M)
 HIDDEN = re.compile(r"^#\|\s*(hide|default_exp)\b", re.M)
 EXPORTED = re.compile(r"^#\|\s*(exports?|export_in_copy)\b", re.M)
@@ -51,9 +54,19 @@ def readable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             cell.source = DIRECTIVE.sub("", cell.source)
             if only_imports(cell.source):
                 cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
+            for output in cell.outputs:
+                show_videos(output)
         cells.append(cell)
     notebook.cells = cells
     return notebook
+
+
+def show_videos(output: nbformat.NotebookNode) -> None:
+    """Makes HTML of an animated WebP, which Sphinx's renderer of notebooks does not know."""
+    data = output.get("data", {})
+    if content := data.pop("image/webp", None):
+        told = escape(data.get("text/plain", "a video"))
+        data["text/html"] = f'<img alt="{told}" src="data:image/webp;base64,{content.strip()}">'
 
 
 def only_imports(source: str) -> bool:
@@ -95,6 +108,8 @@ def stage() -> list[Path]:
     nbformat.write(index, STAGE / "index.ipynb")
     shutil.copy(ROOT / "docs/conf.py", STAGE)
     shutil.copytree(ROOT / "docs/_static", STAGE / "_static")
+    (STAGE / "_static/mathjax").mkdir()
+    shutil.copy(distribution("sphinx-mathjax-offline").locate_file(MATHJAX), STAGE / "_static/mathjax")
     shutil.copytree(ROOT / "figures", STAGE / "figures", ignore=shutil.ignore_patterns("*.ipynb", ".gitkeep"))
     return pages
 
@@ -102,7 +117,7 @@ def stage() -> list[Path]:
 def main() -> None:
     pages = stage()
     shutil.rmtree(OUT, ignore_errors=True)
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", STAGE, OUT]
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d", STAGE / "doctrees", STAGE, OUT]
     code = subprocess.call([str(part) for part in command])
     print(f"{len(pages)} pages in {OUT.relative_to(ROOT)}" if not code else "the documentation has warnings")
     raise SystemExit(code)

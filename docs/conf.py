@@ -2,7 +2,9 @@
 
 project = "vla_bench"
 copyright = "The vla_bench authors"
-extensions = ["myst_nb"]
+extensions = ["myst_nb", "sphinx_copybutton"]
+mathjax_path = "mathjax/tex-svg.js"  # of sphinx-mathjax-offline; build.py puts it there: pages ask nobody else for anything
+html_copy_source = False
 html_theme = "furo"
 html_title = "vla_bench"
 html_static_path = ["_static"]

@@ -13,6 +13,12 @@ os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_code(tmp_path_factory):
+    """What these tests import is not remembered as code that a person trusts."""
+    os.environ["VLA_BENCH_TRUSTED_CODE"] = str(tmp_path_factory.mktemp("own_code") / "trusted.txt")
+
+
 @pytest.fixture
 def as_in_0_1(monkeypatch):
     """Backbones compute with transformers' own modules, as version 0.1 did, so that its numbers come back bit for bit."""

@@ -82,6 +82,11 @@ MISTAKES = {
         "wrong": ([str(RUN), "out", "--head", "mlp"], "single head"),
         "no file": (["nowhere", "out"], "nowhere"),
     },
+    "graph": {
+        "missing": ([], "run"),
+        "wrong": ([str(RUN), "out", "--head", "mlp"], "single head"),
+        "no file": (["nowhere", "out"], "nowhere"),
+    },
     "evaluate": {
         "missing": ([], "--run"),
         "wrong": (["--run", str(RUN), "evaluation.episods=3"], "did you mean 'evaluation.episodes'"),
@@ -91,6 +96,16 @@ MISTAKES = {
         "missing": ([], "run"),
         "wrong": (["--verfy", "nowhere"], "--verfy"),
         "no file": (["nowhere"], "no evaluation in nowhere"),
+    },
+    "compare": {
+        "missing": ([str(RUN)], "run_b"),
+        "wrong": ([str(RUN), str(RUN), "--allow", "protocol.max_stps"], "did you mean 'protocol.max_steps'"),
+        "no file": (["nowhere", str(RUN)], "nowhere"),
+    },
+    "results": {
+        "missing": ([], "folder"),
+        "wrong": (["nowhere", "--ot", "board.md"], "--ot"),
+        "no file": (["nowhere"], "no summary.json below nowhere"),
     },
     "record": {
         "missing": (["--tasks", "drawer-open-v3"], "--out"),
@@ -146,6 +161,11 @@ MISTAKES = {
         "no file": (["nowhere.py", "--out", "x.yaml"], "nowhere.py"),
     },
     "list": {"wrong": (["--colour", "red"], "--colour")},
+    "trust": {
+        "missing": ([], "FILE"),
+        "wrong": (["code.txt"], "code.txt is neither a Python file (.py) nor a notebook"),
+        "no file": (["mixture.py"], "imports: no file"),
+    },
     "new": {
         "missing": (["head"], "name"),
         "wrong": (["hed", "Mine"], "'hed'"),
@@ -262,6 +282,7 @@ def test_a_simulator_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, caps
 
 PACKAGE = Path(__file__).parents[1] / "vla_bench"
 FILES = [
+    "own_code",
     "training/imitation",
     "training/cotrain",
     "training/adapters",
@@ -272,6 +293,8 @@ FILES = [
     "evaluation/report",
     "serving/policy",
     "serving/server",
+    "serving/exported",
+    "serving/gr00t",
     "scaffold",
 ]
 FILES += [f"models/{name}" for name in ("compatibility", "interop/convert", "interop/fluxvla")]

@@ -6,11 +6,15 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import fields
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import pytest
+import yaml
+
+from vla_bench.training.run import TrainerSettings
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = r"(git|pip|uv|make|papermill|python|vla_bench|jupyter|nbdev-\w+|source)\b"
@@ -44,10 +48,17 @@ ELSEWHERE = {
     "make lab": ("opens a browser", "tests/test_readme.py::test_jupyterlab_is_installed"),
     "make lowest": ("downloads other versions", "tests/test_readme.py::test_what_make_lowest_runs_exists"),
     "make format": ("writes the notebooks anew", "tests/test_repo.py::test_export_and_clean_change_nothing"),
+    "make clients": ("installs two environments", ".ci/run"),
+    "python experiments/speed/serving.py RUN": (
+        "has a test of its own", "tests/serving/test_commands.py::test_another_command_does_what_it_says"),
     "vla_bench serve --checkpoint RUN --batch_size 8": (
         "serves until it is ended", "tests/serving/test_server.py::test_a_server_that_is_killed_in_an_episode_is_waited_for"),
     "vla_bench evaluate --run RUN --server ws://127.0.0.1:8000": (
         "needs a server", "tests/serving/test_server.py::test_an_evaluation_through_a_server_continues_one_without"),
+    "vla_bench compare RUN RUN --checkpoint_b 800": (
+        "plays for minutes", "tests/evaluation/test_compare.py::test_two_checkpoints_of_one_run"),
+    "vla_bench results experiments/runs": (
+        "needs finished evaluations", "tests/evaluation/test_results.py::test_the_program_prints_the_board"),
     "pip install vla_bench": ("there is no network", "tests/test_repo.py::test_the_base_install_needs_no_torch"),
     "python -m vla_bench.models.interop.convert --format openpi_pi0 SOURCE --config CONFIG.yaml --out RUN": (
         "needs somebody's checkpoint", "tests/models/interop/test_convert.py::test_the_sizes_of_openpi_are_those_of_its_tensors"),
@@ -252,3 +263,17 @@ def test_the_head_of_the_readme_can_be_registered(server, tmp_path):
     (tmp_path / "mine.py").write_text(block + '\nprint(HEADS.get("Mine").__name__)\n')
     done = server({"program": [str(tmp_path / "mine.py")]})
     assert done["output"] == "MyHead\n"
+
+
+SECTIONS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", prose("README.md"), re.S)]
+
+
+@pytest.mark.parametrize("tree", SECTIONS, ids=range(len(SECTIONS)))
+def test_every_key_of_the_section_trainer_exists(tree):
+    assert {*tree.get("trainer", {})} <= {field.name for field in fields(TrainerSettings)}
+
+
+def test_the_values_of_the_section_trainer_can_be_meant(monkeypatch):
+    monkeypatch.setattr("vla_bench.training.optimizers.find_spec", lambda package: object())
+    told = [tree["trainer"] for tree in SECTIONS if "spike_guard" in tree.get("trainer", {})]
+    assert len(told) == 1 and TrainerSettings(max_train_steps=10, **told[0]).profile == {"steps": 3}

@@ -24,6 +24,8 @@ COMMANDS = {
     "vlm": ("vla_bench.training.vlm", "train a backbone on conversations alone"),
     "evaluate": ("vla_bench.evaluation.program", "evaluate a run in its simulator"),
     "report": ("vla_bench.evaluation.report", "print the success rates of a run"),
+    "compare": ("vla_bench.evaluation.compare", "play the same episodes with two runs until one is better"),
+    "results": ("vla_bench.evaluation.results", "every evaluation below a folder, in one table"),
     "record": ("vla_bench.benchmarks.metaworld", "record MetaWorld's scripted experts as a dataset"),
     "collect": ("vla_bench.evaluation.collect", "record the episodes of a run as a dataset"),
     "validate": ("vla_bench.data.lerobot", "check a LeRobot dataset and print one sample"),
@@ -36,12 +38,14 @@ COMMANDS = {
         "vla_bench.training.export",
         "write a run's backbone for transformers, or one of its heads as a run",
     ),
+    "graph": ("vla_bench.serving.exported", "write a run's policy as one graph of tensors"),
     "convert": (
         "vla_bench.models.interop.convert",
         "turn a checkpoint of another codebase into a run folder",
     ),
     "fluxvla": ("vla_bench.models.interop.fluxvla", "translate a configuration of FluxVLA to one of ours"),
     "list": ("vla_bench.models.compatibility", "what components there are, and which of them fit together"),
+    "trust": ("vla_bench.own_code", "allow code that a run brings with it"),
     "new": ("vla_bench.scaffold", "write the notebook of a new head, backbone or framework"),
 }
 FIRST_WORDS = {"record": ["record"]}  # of a module's own program, which has several commands

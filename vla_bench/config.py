@@ -6,7 +6,7 @@ Docs: https://vla-bench.github.io/vla_bench/config.html.md"""
 
 # %% auto #0
 __all__ = ['Settings', 'KEY_ALIASES', 'MODULE_ALIASES', 'MODULE_LISTS', 'NAMES', 'WORDS', 'NAME_MAPPINGS', 'ADDING', 'SECTIONS',
-           'OTHER_PROGRAMS', 'ConfigError', 'require', 'is_number', 'require_whole', 'canonical_key',
+           'OTHER_PROGRAMS', 'OF_ANY_HEAD', 'ConfigError', 'require', 'is_number', 'require_whole', 'canonical_key',
            'canonical_modules', 'override_words', 'parse_overrides', 'letters_apart', 'Config', 'read_yaml',
            'load_config', 'check_parameters', 'cli_errors', 'parse_cli']
 
@@ -32,8 +32,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .files import write_text
-from .registry import FRAMEWORKS, RegistryError, suggest
-from .settings import get_setting
+from .own_code import import_kept, import_named, kept_code
+from .registry import FRAMEWORKS, HEADS, RegistryError, suggest
+from .settings import get_setting, project_root
 
 # %% ../nbs/20_config.ipynb #e487e4bd
 class ConfigError(ValueError):
@@ -166,6 +167,7 @@ def parse_overrides(
 
 # %% ../nbs/20_config.ipynb #baef37cd
 NAMES = (
+    "imports",
     "run_root_dir",
     "run_id",
     "wandb_project",
@@ -533,7 +535,17 @@ def into(self: Config, cls: type[Settings]) -> Settings:
     return _filled(cls, {k: present[k] for k in known if k in present}, self._where, self._key(""))
 
 # %% ../nbs/20_config.ipynb #cfg00015
-SECTIONS = ("run_root_dir", "run_id", "seed", "framework", "datasets", "trainer", "evaluation", "extra")
+SECTIONS = (
+    "imports",
+    "run_root_dir",
+    "run_id",
+    "seed",
+    "framework",
+    "datasets",
+    "trainer",
+    "evaluation",
+    "extra",
+)
 OTHER_PROGRAMS = {"evaluation": ("vla_bench.evaluation.rollout", "EvaluationSettings")}  # loaded when needed
 
 
@@ -673,12 +685,66 @@ def _refuse_present(tree: DictConfig, key: str, spelling: str, added: Iterable[s
     if isinstance(section, DictConfig) and name in section and not _is_at_or_below(key, added):
         raise ConfigError(f"{spelling!r}: the configuration has {key!r} already; write it without +")
 
+# %% ../nbs/20_config.ipynb #700fbdd4
+OF_ANY_HEAD = ("type", "weight")
+
+
+def _spelt_head(name: Any) -> str:
+    try:
+        return HEADS.canonical(str(name))
+    except RegistryError:  # one of the user's own, whose file is imported later
+        return str(name)
+
+
+def _names_head(key: str) -> bool:
+    return re.fullmatch(r"framework\.action_model(\.\w+)?\.type", canonical_key(key)) is not None
+
+
+def _leave_out_arguments(tree: DictConfig, key: str, head: str) -> list[str]:
+    """Takes the arguments of the head before out of the section in which `type` becomes another; their full keys."""
+    parent = key.rpartition(".")[0]
+    section = _select(tree, parent)
+    before = section.get("type") if isinstance(section, DictConfig) else None
+    if before is None or _spelt_head(before) == _spelt_head(head):
+        return []
+    left = {name: section[name] for name in section if name not in OF_ANY_HEAD}
+    for name in left:
+        del section[name]
+    if left and os.environ.get("RANK", "0") == "0":
+        told = ", ".join(f"{name}={value}" for name, value in left.items())
+        print(f"{parent}: {head} in place of {before}, whose arguments are left out: {told}")
+    return [f"{parent}.{name}" for name in left]
+
+# %% ../nbs/20_config.ipynb #3308dc56
+def _own_paths(tree: DictConfig, where: str) -> list[str]:
+    """The files that a tree imports, absolute. Raises `ConfigError` for what is no list of names."""
+    written = OmegaConf.to_container(tree).get("imports") or []
+    written = [written] if isinstance(written, str) else written
+    named = isinstance(written, list) and all(isinstance(path, str) for path in written)
+    require(named, f"{where}: imports", "a list of files such as [mixture.py]", written)
+    return [str(project_root() / Path(path).expanduser()) for path in written]
+
+
+def _import_own(tree: DictConfig, source: str | Path | Mapping, where: str, named: bool) -> None:
+    """Executes what a tree imports; of a run folder, what it keeps, unless the command line names files."""
+    place = None if named or isinstance(source, Mapping) else Path(source)
+    run = place.parent if place and place.name == "config.yaml" else place
+    if run and run.is_dir() and kept_code(run):
+        paths = [file.origin for file in import_kept(run)]
+    elif paths := _own_paths(tree, where):
+        import_named(paths)
+    if paths:
+        tree.imports = paths
+        _canonical_framework(tree)
+
 # %% ../nbs/20_config.ipynb #76fae5c9
 def load_config(
     source: str | Path | Mapping,  # YAML file, run folder, or a mapping
     overrides: str | Sequence[str] = (),  # as in `parse_overrides`
+    *,
+    run_code: bool = True,  # execute what it imports
 ) -> Config:
-    """The configuration tree. Raises `FileNotFoundError` or `ConfigError`."""
+    """The configuration tree. Raises `FileNotFoundError`, `ConfigError`, or `RegistryError` for code of your own."""
     if not OmegaConf.has_resolver("settings"):
         OmegaConf.register_resolver("settings", get_setting)
     where = "configuration" if isinstance(source, Mapping) else str(source)
@@ -689,9 +755,10 @@ def load_config(
     _canonical_framework(tree)
     free = {f"extra.{key}" for key, _ in _leaves(OmegaConf.to_container(tree).get("extra"))}
     in_file, added = _unreferenced(tree), _take_extra_keys(tree, where)
-    spellings = {}
+    spellings: dict[str, str] = {}
+    left_out: set[str] = set()  # keys of the file
     given = parse_overrides(overrides)
-    for spelling in sorted(given, key=lambda k: canonical_key(k) != "framework.name"):
+    for spelling in sorted(given, key=lambda k: (canonical_key(k) != "framework.name", not _names_head(k))):
         key = _through_interpolations(tree, canonical_key(spelling.removeprefix("+")))
         if spelling.startswith("+"):
             _refuse_present(tree, key, spelling, added)
@@ -701,6 +768,8 @@ def load_config(
         value = _typed(spelling, given[spelling], _select(tree, key))
         value = canonical_modules(value) if key in MODULE_LISTS else value
         _make_room(tree, key)
+        if _names_head(spelling):
+            left_out.update(_leave_out_arguments(tree, key, value))
         try:
             OmegaConf.update(tree, key, value, force_add=True)
         except OmegaConfBaseException as error:
@@ -710,8 +779,11 @@ def load_config(
             ) from error
         _canonical_framework(tree)
         spellings[key] = spelling
+    if run_code:
+        _import_own(tree, source, where, "imports" in spellings)
     asked = {key: spelt for key, spelt in spellings.items() if key not in free and key not in added}
-    return Config(tree, overrides=asked, where=where, in_file=in_file, added=added)
+    in_file = [key for key in in_file if key not in left_out]
+    return Config(tree, read={"imports"}, overrides=asked, where=where, in_file=in_file, added=added)
 
 # %% ../nbs/20_config.ipynb #eacab8fa
 _INJECTED = "# Parameters\n"  # the first line of papermill's cell

@@ -95,6 +95,12 @@ def test_no_other_setting_is_in_the_fingerprint(change):
     assert identity(settings=replace(SETTINGS, **change)) == identity()
 
 
+def test_only_a_batch_of_more_than_one_is_in_the_fingerprint():
+    assert identity(settings=replace(SETTINGS, batch_size=1)) == identity()
+    lines = fingerprint_differences(identity(settings=replace(SETTINGS, batch_size=4)), identity())
+    assert lines == ["protocol.batch_size is 4 now and was None"]
+
+
 def test_the_benchmarks_limit_and_the_same_limit_asked_for_are_one_evaluation():
     assert identity(settings=replace(SETTINGS, max_steps=None)) == identity(
         settings=replace(SETTINGS, max_steps=30)

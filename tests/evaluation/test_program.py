@@ -80,15 +80,21 @@ def test_an_error_is_one_line_and_exit_status_two(tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, asked",
     [
-        ([], {"dataset": None, "head": None, "verify": False}),
-        (["--verify"], {"dataset": None, "head": None, "verify": True}),
-        (["--dataset", "second"], {"dataset": "second", "head": None, "verify": False}),
+        ([], {"batch_size": 1, "dataset": None, "head": None, "verify": False}),
+        (["--verify"], {"batch_size": 1, "dataset": None, "head": None, "verify": True}),
+        (
+            ["--evaluation.batch_size", "2"],
+            {"batch_size": 2, "dataset": None, "head": None, "verify": False},
+        ),
+        (["--dataset", "second"], {"batch_size": 1, "dataset": "second", "head": None, "verify": False}),
     ],
 )
 def test_each_option_reaches_the_policy_that_is_loaded(words, asked, run, monkeypatch, capsys):
     seen, load = [], Policy.from_pretrained
     monkeypatch.setattr(
-        Policy, "from_pretrained", lambda folder, **more: seen.append((folder, more)) or load(folder)
+        Policy,
+        "from_pretrained",
+        lambda folder, **more: seen.append((folder, more)) or load(folder, batch_size=more["batch_size"]),
     )
     main(["--run", str(run), *words, *SHORT])
     assert seen == [(run / "checkpoints/step_000003", asked)] and "reach-blue" in capsys.readouterr().out
@@ -98,7 +104,7 @@ def test_what_is_not_said_loads_the_first_robot_and_shows_progress(run, monkeypa
     seen, load = [], Policy.from_pretrained
     monkeypatch.setattr(Policy, "from_pretrained", lambda folder, **more: seen.append(more) or load(folder))
     evaluate_run(run, SHORT)
-    assert seen == [{"dataset": None, "head": None, "verify": False}] and "episode" in capsys.readouterr().err
+    assert seen == [{"batch_size": 1}] and "episode" in capsys.readouterr().err
 
 
 def test_a_run_has_to_be_named(capsys):
@@ -148,3 +154,23 @@ def test_the_best_of_several_is_what_enumeration_says(candidates, episodes, rate
     every = product(range(episodes + 1), repeat=candidates)
     expected = sum(max(xs) * prod(one[x] for x in xs) for xs in every) / episodes
     assert expected_best(candidates, episodes, rate) == pytest.approx(expected)
+
+
+BENCHMARK = """
+from vla_bench.benchmarks.point import PointReach
+from vla_bench.registry import BENCHMARKS
+
+
+@BENCHMARKS.register("mine")
+class Mine(PointReach):
+    '''A point of one's own.'''
+"""
+
+
+def test_a_benchmark_of_an_imported_file_runs_in_processes_of_its_own(run, tmp_path):
+    (tmp_path / "mine.py").write_text(BENCHMARK)
+    own = [f"imports=[{tmp_path}/mine.py]", "evaluation.benchmark=mine", *SHORT[1:], "evaluation.episodes=3"]
+    evaluate_run(run, own, tmp_path / "alone", show_progress=False)
+    evaluate_run(run, [*own, "evaluation.num_envs=2"], tmp_path / "beside", show_progress=False)
+    one, two = ((tmp_path / name / "episodes.jsonl").read_text() for name in ("alone", "beside"))
+    assert one == two and len(one.splitlines()) == 3

@@ -17,7 +17,8 @@ from vla_bench.evaluation.report import (
     success_table,
     verify_text,
 )
-from vla_bench.evaluation.statistics import summarize, wilson_interval
+from vla_bench.evaluation.statistics import success_interval, summarize
+from vla_bench.evaluation.suites import mean_interval
 from vla_bench.files import write_manifest
 from vla_bench.serving.policy import Policy
 from vla_bench.training.checkpoint import read_spec
@@ -90,7 +91,7 @@ def test_rows_hold_each_task_and_all_together(run):
         (2, 4, 0.5, 50.5),
     ]
     for row, counts in zip(rows.values(), ((2, 3), (0, 1), (2, 4)), strict=True):
-        assert (row["low"], row["high"]) == wilson_interval(*counts) and "errors" not in row
+        assert (row["low"], row["high"]) == success_interval(*counts) and "errors" not in row
 
 
 def test_the_table_holds_the_same_numbers_by_benchmark_and_task(run):
@@ -103,20 +104,22 @@ def test_the_table_holds_the_same_numbers_by_benchmark_and_task(run):
         ("sim", "all"),
     ]
     assert table.loc[("sim", "push"), "mean_steps"] == 50.5 and table.loc[("sim", "all"), "successes"] == 2
-    assert table.loc[("later", "all"), "high"] == wilson_interval(1, 2)[1]
+    assert table.loc[("later", "all"), "high"] == success_interval(1, 2)[1]
 
 
 def test_the_text_shows_rates_in_per_cent_with_their_intervals(run):
+    low, high = (100 * bound for bound in mean_interval([(2, 3), (0, 1)]))
     assert (
         report_text(run)
-        == """\
+        == f"""\
 later (unfinished)
-  push     1/2     50.0%  [  9.5,  90.5]    40 steps
-  all      1/2     50.0%  [  9.5,  90.5]    40 steps
+  push     1/2     50.0%  [  1.3,  98.7]    40 steps
+  all      1/2     50.0%  [  1.3,  98.7]    40 steps
 sim
-  push     2/3     66.7%  [ 20.8,  93.9]    50 steps
-  lift     0/1      0.0%  [  0.0,  79.3]     - steps
-  all      2/4     50.0%  [ 15.0,  85.0]    50 steps"""
+  push     2/3     66.7%  [  9.4,  99.2]    50 steps
+  lift     0/1      0.0%  [  0.0,  97.5]     - steps
+  all      2/4     50.0%  [  6.8,  93.2]    50 steps
+  mean  over tasks  33.3%  [{low:5.1f}, {high:5.1f}]"""
     )
 
 
@@ -134,7 +137,9 @@ def test_without_any_outcome_there_is_no_rate(tmp_path):
     assert report_text(tmp_path).splitlines()[1].split()[:3] == ["push", "0/0", "-%"]
 
 
-@pytest.mark.parametrize("name", [name for name in summary() if name not in ("per_task", "fingerprint")])
+@pytest.mark.parametrize(
+    "name", [name for name in summary() if name not in ("per_task", "fingerprint", "interval_method")]
+)
 def test_a_number_that_the_episodes_do_not_give_is_found(tmp_path, name):
     odd = {"confidence_interval": [0.0, 1.0], "episodes": 3}.get(name, 1)
     folder = write(tmp_path / "eval" / "sim", summary=summary(**{name: odd}))
@@ -143,6 +148,39 @@ def test_a_number_that_the_episodes_do_not_give_is_found(tmp_path, name):
         return
     with pytest.raises(ValueError, match=f"summary.json: '{name}' is .*one of the two files was edited"):
         load_evaluations(folder)
+
+
+@pytest.mark.parametrize("method", ["clopper_pearson", "mid_p", "wilson", None])
+def test_a_summary_is_read_with_the_interval_that_it_names(tmp_path, method):
+    content = {**summarize(RECORDS, method or "wilson"), "fingerprint": FINGERPRINT}
+    if method is None:  # as written before summaries named it
+        del content["interval_method"]
+    write(tmp_path / "eval" / "sim", summary=content)
+    found = load_evaluations(tmp_path)["sim"]
+    assert found["interval_method"] == (method or "wilson")
+    assert found["confidence_interval"] == content["confidence_interval"]
+    assert success_rows(found)[-1]["low"] == success_interval(2, 4)[0]  # shown as all others are
+
+
+@pytest.mark.parametrize("named, written", [("mid_p", "wilson"), ("wilson", "clopper_pearson")])
+def test_a_summary_that_names_another_interval_than_it_holds_is_found(tmp_path, named, written):
+    content = {**summarize(RECORDS, written), "fingerprint": FINGERPRINT, "interval_method": named}
+    with pytest.raises(ValueError, match="'confidence_interval' is .*one of the two files was edited"):
+        load_evaluations(write(tmp_path / "eval" / "sim", summary=content))
+
+
+@pytest.mark.parametrize("odd, said", [("wilsn", "did you mean 'wilson'"), (1, "expected a text")])
+def test_an_unknown_interval_of_a_summary_is_named(tmp_path, odd, said):
+    folder = write(tmp_path / "eval" / "sim", summary=summary(interval_method=odd))
+    with pytest.raises(ValueError, match=f"summary.json: 'interval_method' is {odd!r}.*{said}"):
+        load_evaluations(folder)
+
+
+@pytest.mark.parametrize("method, said", [("wilson", "covers 92.2%"), ("mid_p", "mid_p: not exact")])
+def test_an_interval_that_is_not_exact_says_what_it_covers(run, capsys, method, said):
+    main([str(run), "--interval", method])
+    printed = capsys.readouterr().out
+    assert said in printed.splitlines()[-1] and "[ 15.0,  85.0]" in printed or method != "wilson"
 
 
 def test_a_task_that_was_edited_is_found(tmp_path):

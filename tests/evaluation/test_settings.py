@@ -42,7 +42,7 @@ def test_two_spellings_on_the_command_line_are_refused(other):
         load_config({}, f"--evaluation.n_action_steps 3 --evaluation.{other} 3")
 
 
-@pytest.mark.parametrize("name", ["episodes", "num_envs", "n_action_steps", "max_steps"])
+@pytest.mark.parametrize("name", ["episodes", "num_envs", "n_action_steps", "max_steps", "batch_size"])
 def test_a_count_below_one_is_refused(name):
     with pytest.raises(ValueError, match=f"evaluation.{name} must be at least 1, got 0"):
         EvaluationSettings(**{name: 0})
@@ -52,6 +52,7 @@ def test_what_is_not_said_has_these_values():
     assert asdict(EvaluationSettings()) == {
         "benchmark": "metaworld", "tasks": [], "episodes": 10, "first_seed": 50000, "num_envs": 1, "n_action_steps": 6,
         "max_steps": None, "videos_per_task": 0, "attention": False, "step_timeout_s": None,
+        "batch_size": 1,
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import time
 import tracemalloc
 import zlib
 
+import hypothesis
 import msgpack
 import numpy as np
 import pytest
@@ -245,6 +246,56 @@ def test_a_mutated_frame_is_a_value_or_a_protocol_error():
     tracemalloc.stop()
     assert all(outcomes.values()), outcomes  # each way is walked
     assert peak < 16 << 20 and held < 2 << 20, (held, peak)
+
+
+def test_every_drawn_frame_is_a_value_or_a_protocol_error(fuzz):
+    """Object arrays, absurd shapes, levels without end, heads that promise gigabytes, texts, bombs in images."""
+    settings, hostile = fuzz
+    rng, pixels = np.random.default_rng(4), np.zeros((16, 24, 3), np.uint8)
+    good = [{"observation/front": pixels, "observation/state": rng.normal(size=2), "prompt": "go", "seed": 3},
+            {"type": "observation", "payload": {"images": {"front": pixels}}, "seq": 3, "timestamp": 1.5}]  # fmt: skip
+
+    @hypothesis.settings(settings, max_examples=8 * CASES)
+    @hypothesis.given(hostile(good))
+    def read(frame):
+        begin = time.perf_counter()
+        try:
+            value = unpack(frame)
+            assert_known(value)
+        except ProtocolError:
+            pass
+        assert time.perf_counter() - begin < 2
+
+    read()
+
+
+def assert_known(value):
+    """Nothing but plain values and arrays of the dtypes that are allowed."""
+    if isinstance(value, dict):
+        assert all(isinstance(key, str) for key in value)
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            assert_known(part)
+    elif isinstance(value, (np.ndarray, np.generic)):
+        assert value.dtype.str in DTYPES
+    else:
+        assert value is None or isinstance(value, (bool, int, float, str, bytes))
+
+
+def test_a_name_of_a_megabyte_is_not_looked_for():
+    """Among the names of fields, which would take seconds."""
+    begin = time.perf_counter()
+    with pytest.raises(ProtocolError, match="at most 200 characters") as told:
+        unpack(msgpack.packb({"observation": {"k" * 10**6: 1}}))
+    assert time.perf_counter() - begin < 1 and len(str(told.value)) < 300
+
+
+def test_images_share_one_limit():
+    """Forty images that may each be unpacked, and together would be two gigabytes."""
+    entry = {"__image__": True, "format": "png", "data": b"", "shape": [4096, 4096, 3]}
+    with pytest.raises(ProtocolError, match="images of 671088640 pixels, at most 16777216"):
+        unpack(msgpack.packb({"images": [{"front": [entry] * 40}]}))
 
 
 def test_an_observation_survives_every_spelling():

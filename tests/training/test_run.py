@@ -269,7 +269,7 @@ def test_the_keys_that_change_nothing_that_is_learned_are_these():
     assert set(FREE_KEYS) == {
         "resume", "verify", "num_workers", "log_interval", "eval_interval", "eval_samples", "save_interval",
         "keep_last", "keep_every", "trackers", "gradient_checkpointing",
-        "rollout_interval", "rollout_episodes", "rollout_first_seed", "peak_tflops", "spike_guard",
+        "rollout_interval", "rollout_episodes", "rollout_first_seed", "peak_tflops", "spike_guard", "profile",
     }  # fmt: skip
 
 

@@ -65,6 +65,7 @@ def numbers(run) -> dict:
         "measured": settings.eval_samples,
         "episodes": [getattr(settings, f"rollout_{key}") for key in ("interval", "episodes", "first_seed")],
         "guard": run.guard,
+        "profiler": run.profiler,
         "trackers": run.trackers,
         "peak": settings.peak_tflops,
     }
@@ -111,6 +112,7 @@ CHANGES = [
     (["trainer.keep_last=2", "trainer.keep_every=3"], {"kept"}),
     ("trainer.eval_samples=2", {"measured"}),
     ("trainer.spike_guard={window: 7}", {"guard"}),
+    ("trainer.profile={steps: 2}", {"profiler"}),
     ("trainer.rollout_interval=0", {"episodes"}),
     ("trainer.rollout_episodes=2", {"episodes"}),
     ("trainer.rollout_first_seed=2", {"episodes"}),
@@ -318,6 +320,7 @@ def test_the_defaults_are_these():
         "keep_every": None,
         "eval_samples": 1024,
         "spike_guard": None,
+        "profile": None,
         "rollout_interval": None,
         "rollout_episodes": 10,
         "rollout_first_seed": 40000,

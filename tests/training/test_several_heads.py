@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from vla_bench.config import load_config
 from vla_bench.files import list_checkpoints
 from vla_bench.models.frameworks.framework import Framework
+from vla_bench.models.heads import flow_matching
 from vla_bench.serving.policy import Policy
 from vla_bench.training.export import keep_head
 from vla_bench.training.imitation import train
@@ -61,6 +62,27 @@ def test_each_loss_is_logged_by_the_name_of_its_head(heads):
     run = train(heads("", {"oft": 0.5, "gr00t": 2.0}))
     for loss, oft, gr00t in logged(run, "loss", "oft/action_loss", "gr00t/action_loss"):
         assert loss == pytest.approx(0.5 * oft + 2.0 * gr00t, rel=1e-5)
+
+
+MODES = {"ddp": {}, "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_learn_like_one(heads, launched, mode, monkeypatch):
+    """The noise and the times are made of the actions, so that a sample has the same ones in any process."""
+
+    def of_the_actions(actions, *_):
+        return torch.sin(50 * actions * torch.arange(1, 4)), torch.sigmoid(3 * actions.mean((1, 2)))
+
+    monkeypatch.setattr(flow_matching, "noise_and_time", of_the_actions)
+    sized = "--run_id {} --trainer.per_device_batch_size {} --framework.action_model.gr00t.dropout 0"
+    alone, cfg = train(heads(sized.format("alone", 4))), heads(sized.format("pair", 2))
+    pair, *_ = launched(lambda: train(cfg), 2, MODES[mode])
+    names = ("loss", "oft/action_loss", "gr00t/action_loss")
+    ours, theirs = logged(pair, *names), logged(alone, *names)
+    for mine, others in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(others, abs=1e-5)
+    assert theirs[0] != pytest.approx(theirs[-1], abs=1e-2)
 
 
 def test_a_continued_run_is_the_uninterrupted_one(heads):

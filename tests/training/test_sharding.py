@@ -4,6 +4,9 @@ import json
 import math
 import os
 import shutil
+from contextlib import redirect_stderr
+from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from vla_bench.config import ConfigError, load_config
 from vla_bench.files import list_checkpoints
+from vla_bench.models.frameworks.blocks import repeated_blocks
 from vla_bench.serving.policy import Policy
 from vla_bench.training.imitation import micro_batches, train, update
 from vla_bench.training.loop import read_metrics
@@ -103,11 +107,21 @@ def test_what_runs_is_what_was_asked_for(mode, config, launched):
         assert sum(own for *_, own, _ in told) == told[0][-1]
 
 
+def norms_of_parts(run):
+    """The norms of the gradient part by part, of each logged step."""
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+    return [{key: value for key, value in row.items() if key.startswith("grad_norm/")} for row in rows]
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_two_processes_give_the_losses_of_one(mode, run_in, losses):
+def test_two_processes_give_the_losses_and_the_gradients_of_one(mode, run_in, losses):
     one, two = run_in("one", options("one", 4)), run_in(mode, options("two", 2))
     assert [row[1] for row in losses(two)] == pytest.approx([row[1] for row in losses(one)], abs=1e-5)
     assert [row[2] for row in losses(two)] == pytest.approx([row[2] for row in losses(one)], rel=1e-4)
+    alone, shared = norms_of_parts(one), norms_of_parts(two)
+    assert len(alone) == STEPS and {"grad_norm/vlm/vision_encoder", "grad_norm/action_model"} <= {*alone[0]}
+    for here, there in zip(alone, shared):
+        assert there == pytest.approx(here, rel=1e-3, abs=1e-6)
     (weights, moments, groups), (others, other_moments, other_groups) = state(two), state(one)
     assert (
         weights.keys() == others.keys() and moments.keys() == other_moments.keys() and groups == other_groups
@@ -279,6 +293,49 @@ def test_what_a_mode_cannot_do_is_refused_before_anything_is_written(mode, asked
     assert launched(refused, 2, environ(mode)) == [False, False]
 
 
+@pytest.mark.parametrize("mode", MODES[:-1] if WHOLE else ["ddp", "fsdp2", "zero2"])
+def test_the_average_of_two_processes_is_that_of_one(mode, run_in, losses):
+    """Both the averaged weights and those that the optimizer moves; a large eps keeps Adam from magnifying rounding."""
+    more = "--trainer.ema_decay 0.8 --trainer.ema_warmup true --trainer.optimizer_args {eps: 0.01} --trainer.warmup_steps 0"
+    more += " --trainer.learning_rate.base 0.01 --trainer.learning_rate.vlm 0.01"
+    one, two = run_in("one", options("one", 4, more=more)), run_in(mode, options("two", 2, more=more))
+    files = ("model.safetensors", "trainer/weights.safetensors")
+    ours, theirs = ([load_file(list_checkpoints(run)[-1] / name) for name in files] for run in (two, one))
+    for mine, others in zip(ours, theirs):
+        assert mine.keys() == others.keys() and len(others) > 30
+        for name, value in others.items():
+            torch.testing.assert_close(mine[name], value, atol=1e-6, rtol=0, msg=name)
+    averages, raw = theirs
+    assert max((averages[name] - raw[name]).abs().max().item() for name in raw if name in averages) > 1e-4
+    assert [row[1] for row in losses(two)] == pytest.approx([row[1] for row in losses(one)], abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2", *(["zero2", "zero3"] if WHOLE else [])])
+def test_recomputed_blocks_are_run_twice_and_learn_the_same(mode, config, launched, every_weight):
+    cfg = {each: config(options(each, 2, more=f"--trainer.gradient_checkpointing {each}"), "GR00T")
+           for each in ("true", "false")}  # fmt: skip
+
+    def three_steps(recompute):
+        run, calls = set_up(cfg[recompute]), {}
+        for path, block in repeated_blocks(run.framework).items():
+            child = next(iter(block.children()))
+            child.register_forward_pre_hook(
+                lambda *_, path=path: calls.update({path: calls.get(path, 0) + 1})
+            )
+        run.model.train()
+        stream = micro_batches(run)
+        found = [update(run, [next(stream)]) for _ in range(3)]
+        finish(run)
+        return found, calls
+
+    asked = every_weight if mode == "zero3" else environ(mode)
+    plain, again = (launched(partial(three_steps, each), 2, asked) for each in ("false", "true"))
+    for (seen, calls), (expected, once) in zip(again, plain):
+        assert once and calls == {path: 2 * count for path, count in once.items()}
+        assert [loss for loss, _ in seen] == pytest.approx([loss for loss, _ in expected], abs=1e-6)
+        assert [norm for _, norm in seen] == pytest.approx([norm for _, norm in expected], rel=1e-5)
+
+
 @pytest.mark.parametrize("mode", MODES if WHOLE else ["ddp", "fsdp2"])
 def test_counting_the_arithmetic_changes_nothing(mode, run_in, losses):
     counted = run_in(mode, options("counted", 2, more="--trainer.peak_tflops 1 --trainer.log_interval 1"))
@@ -286,6 +343,22 @@ def test_counting_the_arithmetic_changes_nothing(mode, run_in, losses):
     assert losses(counted) == losses(plain)
     told = ["mfu" in row for row in read_metrics(counted / "metrics.jsonl") if "loss" in row]
     assert told == [not mode.startswith("zero")] * STEPS
+
+
+def test_a_run_that_cannot_count_its_arithmetic_says_so_once(config, launched):
+    cfg = config(
+        options(
+            "told", 2, more="--trainer.peak_tflops 1 --trainer.max_train_steps 1 --trainer.warmup_steps 0"
+        )
+    )
+
+    def told():
+        with redirect_stderr(StringIO()) as said:
+            train(cfg)
+        return [line for line in said.getvalue().splitlines() if "peak_tflops" in line]
+
+    line = "trainer.peak_tflops: arithmetic is not counted under DeepSpeed (zero2), so the log has no mfu"
+    assert launched(told, 2, environ("zero2")) == [[line], []]
 
 
 def test_a_spike_under_fsdp2_is_kept_without_weights_and_leaves_them(config, launched):

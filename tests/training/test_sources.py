@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from vla_bench.config import ConfigError, load_config
+from vla_bench.training.imitation import micro_batches, update
+from vla_bench.training.run import set_up
 from vla_bench.training.sources import (
     Objective,
     Source,
@@ -31,6 +33,60 @@ def test_actions_that_are_there_are_counted():
     mask = torch.tensor([[True, True, False, False], [True] * 4, [True, False, False, False]])
     assert count_actions({"action_is_pad": is_pad, "action_mask": mask}) == 2 * 2 + 1
     assert type(count_actions({"action_is_pad": is_pad})) is int
+
+
+def test_what_is_decided_already_is_not_counted():
+    """Two draws of three samples; of each the delay is its own, and never longer than what is there."""
+    is_pad = torch.tensor([[False, False, True], [True, True, True], [False, False, False]])
+    delay = torch.tensor([1, 0, 2, 0, 0, 1])
+    assert count_actions({"action_is_pad": is_pad, "delay": delay}) == (1 + 0 + 1) + (2 + 0 + 2)
+    mask = torch.tensor([[True, True], [True, True], [True, False]])
+    found = count_actions({"action_is_pad": is_pad, "delay": delay, "action_mask": mask})
+    assert found == (2 + 0 + 1) + (4 + 0 + 2)
+
+
+@pytest.mark.parametrize("framework", ["GR00T", "PI05"])
+def test_accumulation_is_exact_although_actions_are_decided_already(config, framework, monkeypatch):
+    """Two micro-batches of four against plain autograd on the eight samples, with the same noise, times and delays."""
+    options = "--trainer.gradient_clipping 1e9 --trainer.gradient_accumulation_steps 2"
+    options += " --framework.action_model.rtc_max_delay 3"
+    spelt = (
+        "--datasets.vla_data.normalization.state min_max --framework.action_model.repeated_diffusion_steps 2"
+    )
+    run = set_up(config(f"{options} {spelt}", framework))
+    stream, head = micro_batches(run), run.framework.action_model
+    batches = [next(stream), next(stream)]
+    delays = [micro["vla"]["delay"].view(2, 4) for micro in batches]
+    counts = [count_actions(micro["vla"]) for micro in batches]
+    assert counts[0] != counts[1], "choose another seed: this test needs unequal numbers of actions"
+    noise, time = torch.randn(2, 8, head.horizon, head.action_dim), torch.rand(2, 8)
+    parts, clean = iter([slice(0, 8), slice(0, 4), slice(4, 8)]), type(head).loss
+
+    def given(features, actions, is_pad, *_):
+        part = next(parts)
+        return clean(head, features, actions, is_pad, noise[:, part].flatten(0, 1), time[:, part].flatten())
+
+    monkeypatch.setattr(head, "loss", given)
+    run.model.eval()
+    keys = run.sampler().batch(0) + run.sampler().batch(1)
+    whole = run.framework.prepare([run.view[key] for key in keys])
+    expected_loss = run.framework({**whole, "delay": torch.cat(delays, 1).flatten()})["action_loss"]
+    expected_loss.backward()
+    expected = [None if p.grad is None else p.grad.clone() for p in run.framework.parameters()]
+    run.framework.zero_grad()
+    run.optimizer.zero_grad = lambda: None
+    loss, _ = update(run, batches)
+    for parameter, gradient in zip(run.framework.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+    assert loss == pytest.approx(expected_loss.item(), abs=1e-6)
+
+
+def test_without_a_delay_a_batch_is_what_it_was(config):
+    run = set_up(config("", "GR00T"))
+    batch = run.framework.prepare([run.view[key] for key in run.sampler().batch(0)])
+    state = torch.get_rng_state()
+    assert run.sources["vla"].draw(run.framework, batch) is batch
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_robots_are_this_source():

@@ -40,7 +40,7 @@ def test_the_norms_of_accumulated_batches_are_those_of_the_whole_batch(config):
 
 def test_norms_are_taken_at_the_steps_that_are_logged_and_at_no_other(config, monkeypatch):
     taken, norms = [], gradient_norms
-    monkeypatch.setattr("vla_bench.training.imitation.gradient_norms", lambda f: taken.append(1) or norms(f))
+    monkeypatch.setattr("vla_bench.training.sharding.gradient_norms", lambda f: taken.append(1) or norms(f))
     rows = read_metrics(train(config("--trainer.log_interval 4")) / "metrics.jsonl")
     assert len(taken) == 2
     assert [row["step"] for row in rows if "grad_norm/action_model" in row] == [4, 6]

@@ -79,6 +79,26 @@ def test_there_is_nothing_of_a_robot_in_the_run(language):
     assert progress["others"]["caption"] == {"rows": 2, "batch_size": 2}
 
 
+MODES = {"ddp": {}, "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_learn_like_one(language, launched, mode):
+    """Their conversations have unequal numbers of tokens, and one may have an image where the other has none."""
+    sized = lambda size: [f"--datasets.{n}_data.per_device_batch_size {size}" for n in ("vlm", "caption")]
+    made = lambda name, size: language(" ".join([f"--run_id {name} --trainer.eval_interval 3", *sized(size)]))
+    alone, cfg = train(made("alone", 2)), made("pair", 1)
+    pair, *_ = launched(lambda: train(cfg), 2, MODES[mode])
+    learned = ("loss", "language_loss", "caption/language_loss")
+    measured = ("eval/language_loss", "eval/caption/language_loss")
+    for names in (learned, measured):
+        ours, theirs = ([[row[name] for name in names] for row in read_metrics(run / "metrics.jsonl")
+                         if names[0] in row] for run in (pair, alone))  # fmt: skip
+        assert len(theirs) == (6 if names is learned else 3)
+        for mine, others in zip(ours, theirs, strict=True):
+            assert mine == pytest.approx(others, abs=1e-5)
+
+
 def test_a_step_is_that_of_co_training_without_robots(language, config, talk):
     """The same gradient, from a framework whose head stands still."""
     alone = set_up(

@@ -33,12 +33,12 @@ from typing import Any
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from tqdm import tqdm
 
 from .benchmark import Benchmark, BenchmarkSpec, Environment, Step, check_action
 from .record import Demonstration, add_demonstration, open_writer
 from ..config import cli_errors
 from ..data.layout import Layout
+from ..progress import moving_bar
 from ..registry import BENCHMARKS, RegistryError, install_hint, suggest
 
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #90d1154a
@@ -490,7 +490,7 @@ def record(
     total = episodes * len(benchmark.tasks())
     with (
         open_writer(partial / "dataset", benchmark.spec, version=version, robot_type="sawyer") as writer,
-        tqdm(total=total, unit="demo", mininterval=2.0, disable=not show_progress) as bar,
+        moving_bar(total=total, unit="demo", disable=not show_progress) as bar,
     ):
         for task in benchmark.tasks():
             bar.set_description(task, refresh=False)

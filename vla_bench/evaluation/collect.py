@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "version": f"v{options.version}",
             "robot_type": options.robot_type,
         }
-        found = collect(Policy.from_pretrained(run), settings, options.out, **how)
+        policy = Policy.from_pretrained(run, batch_size=settings.batch_size)
+        found = collect(policy, settings, options.out, **how)
     kept = found["episodes"] if options.failures else found["successes"]
     print(f"{options.out}: {kept} episodes; {found['successes']} of {found['episodes']} ended in success")
 

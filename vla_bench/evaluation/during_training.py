@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..benchmarks.benchmark import Benchmark
 from ..config import Config, ConfigError
 from .rollout import EvaluationSettings, build_benchmark, check_settings, evaluate
-from .statistics import wilson_interval
+from .statistics import success_interval
 from .workers import WorkerError
 
 # %% ../../nbs/evaluation/34_during_training.ipynb #duri0005
@@ -60,7 +60,7 @@ def rollout_row(
     row = {"eval/rollout_errors": errors} if errors else {}
     if not episodes:
         return row
-    low, high = wilson_interval(successes, episodes)
+    low, high = success_interval(successes, episodes)
     row |= {"eval/success_rate": successes / episodes, "eval/success_low": low, "eval/success_high": high}
     rates = {t: s / n for t, (s, n, _) in zip(tasks, counts.tolist()) if n}
     each = {f"eval/success_rate/{task}": rate for task, rate in rates.items()} if len(tasks) > 1 else {}
@@ -97,7 +97,8 @@ class Rollouts:
         from vla_bench.serving.policy import Policy
 
         name = f"step {run.step} of {run.folder.name}, in memory"
-        policy = Policy(run.framework, run.spec, run.data.members[0].normalizers, name)
+        loaded = run.framework, run.spec, run.data.members[0].normalizers
+        policy = Policy(*loaded, name, settings.batch_size)
         out = run.folder / "rollouts" / f"step_{run.step:06d}" / f"process_{run.accelerator.process_index}"
         shutil.rmtree(out, ignore_errors=True)  # of a run that was killed, and is at this step again
         try:

@@ -88,13 +88,14 @@ def open_policy(
     found: Path,  # a checkpoint
     *,
     server: str | None = None,  # ws://HOST:PORT of one that serves it; None: the policy is loaded here
+    batch_size: int = 1,  # `evaluation.batch_size`
     **which: Any,  # `dataset`, `head` and `verify` of `Policy.from_pretrained`
 ) -> EvaluatedPolicy:
     """The policy of a checkpoint. Raises `ValueError` for a server of another one, and as `from_pretrained` does."""
     if server is None:
         from vla_bench.serving.policy import Policy  # here: help and refusals need no torch
 
-        return Policy.from_pretrained(found, **which)
+        return Policy.from_pretrained(found, batch_size=batch_size, **which)
     if named := [f"--{name}" for name, value in which.items() if value]:
         raise ValueError(f"{', '.join(named)}: of the server; start it so, and leave this out here")
     client = PolicyClient(server, api_key=os.environ.get("VLA_BENCH_API_KEY"))
@@ -136,7 +137,7 @@ def evaluate_run(
     results = (
         Path(out) if out is not None else results_folder(run, settings.benchmark, checkpoint, found.name)
     )
-    policy = open_policy(found, server=server, **which)
+    policy = open_policy(found, server=server, batch_size=settings.batch_size, **which)
     return results, evaluate(policy, None, settings, results, show_progress=show_progress)
 
 # %% ../../nbs/evaluation/30_program.ipynb #bfa7c8e2

@@ -6,9 +6,10 @@ Docs: https://vla-bench.github.io/vla_bench/evaluation/rollout.html.md"""
 
 # %% auto #0
 __all__ = ['TRIALS', 'RENAMED_PROTOCOL_KEYS', 'HOPELESS', 'check_step_timeout', 'EvaluationSettings', 'EvaluatedPolicy',
-           'check_settings', 'build_benchmark', 'Recording', 'Rollout', 'describe_returned', 'real_numbers',
-           'check_chunk', 'run_episode', 'fingerprint', 'fingerprint_differences', 'with_current_keys', 'read_episodes',
-           'EpisodeLog', 'list_episodes', 'recording_path', 'evaluate']
+           'BatchedPolicy', 'check_batch', 'check_settings', 'build_benchmark', 'Recording', 'Rollout',
+           'describe_returned', 'real_numbers', 'check_chunk', 'run_episode', 'fingerprint', 'fingerprint_differences',
+           'with_current_keys', 'read_episodes', 'EpisodeLog', 'list_episodes', 'recording_path', 'predict_together',
+           'run_rollouts', 'evaluate']
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #3166eacf
 import hashlib
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from fastcore.basics import patch
@@ -38,6 +39,7 @@ from vla_bench.evaluation.workers import (
     ready,
 )
 from ..files import Kind, append_jsonl, hold_folder, read_json, read_jsonl, write_json, write_whole
+from ..progress import moving_bar
 from ..registry import BENCHMARKS, suggest
 from ..serving.session import prediction_seed
 
@@ -65,9 +67,10 @@ class EvaluationSettings:
     step_timeout_s: float | None = (
         None  # of a simulator, per action; None: 120 s where it runs in its own process
     )
+    batch_size: int = 1  # observations that the policy answers at once, see `Policy`; fewer are filled up
 
     def __post_init__(self):
-        least = {"episodes": 1, "num_envs": 1, "n_action_steps": 1, "max_steps": 1}
+        least = {"episodes": 1, "num_envs": 1, "n_action_steps": 1, "max_steps": 1, "batch_size": 1}
         for name, smallest in {**least, "videos_per_task": 0, "first_seed": 0}.items():
             if name != "max_steps" or self.max_steps is not None:
                 require_whole(f"evaluation.{name}", vars(self)[name], smallest)
@@ -94,6 +97,35 @@ class EvaluatedPolicy(Protocol):
 
     def attention(self, observation: Mapping[str, Any]) -> Any:
         """An `AttentionMap`: `images`, one [h, w] array per camera, and `words`, (word, weight) pairs."""
+
+# %% ../../nbs/evaluation/10_rollout.ipynb #bca5a8bc
+@runtime_checkable
+class BatchedPolicy(EvaluatedPolicy, Protocol):
+    """A policy that answers several observations at once."""
+
+    batch_size: int  # to which every batch is filled up
+
+    def predict_batch(
+        self, observations: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+    ) -> Sequence[np.ndarray]:
+        """The chunk [T, D] of each, a pure function of its observation and its seed."""
+
+
+def check_batch(policy: EvaluatedPolicy, settings: "EvaluationSettings") -> None:
+    """Raises `ValueError` for a policy that cannot answer `evaluation.batch_size` observations at once."""
+    asked = settings.batch_size
+    if asked == 1:
+        return
+    if not isinstance(policy, BatchedPolicy):
+        raise ValueError(
+            f"evaluation.batch_size is {asked}, but a {type(policy).__name__} answers one observation at a time; "
+            f"leave it at 1"
+        )
+    if policy.batch_size != asked:
+        raise ValueError(
+            f"evaluation.batch_size is {asked}, but the policy was loaded with batch_size={policy.batch_size}; "
+            f"load it with batch_size={asked}"
+        )
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #807019bb
 def check_settings(
@@ -260,18 +292,33 @@ def check_chunk(
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #ea5dd7a0
 @patch
-def predict_actions(self: Rollout, observation: Mapping[str, Any]) -> np.ndarray:  # [K, D], to be executed
-    """The next actions. Raises `ValueError` when the policy returns anything but finite [T, D]."""
+def question(self: Rollout, observation: Mapping[str, Any]) -> tuple[Mapping[str, Any], int]:
+    """What the policy is asked now: what it sees, and the seed."""
     self.lang = observation["lang"]
     observation = self.history.add(observation) if self.history else observation
-    seed = prediction_seed(self.episode_spec.seed, self.num_predictions)
-    returned = self.policy.predict(observation, seed=seed)
+    return observation, prediction_seed(self.episode_spec.seed, self.num_predictions)
+
+
+@patch
+def take(
+    self: Rollout,
+    observation: Mapping[str, Any],  # what the policy saw
+    returned: Any,  # and what it answered
+) -> np.ndarray:  # [K, D], to be executed
+    """The next actions. Raises `ValueError` when the policy returned anything but finite [T, D]."""
     chunk = check_chunk(returned, self.policy.spec, type(self.policy).__name__)
     self.chunk = chunk[: min(self.settings.n_action_steps, self.max_steps - self.steps)]
     self.num_predictions += 1
     if self.episode_spec.record and self.settings.attention:
         self.attention_maps.append((len(self.frames) - 1, self.policy.attention(observation)))
     return self.chunk
+
+
+@patch
+def predict_actions(self: Rollout, observation: Mapping[str, Any]) -> np.ndarray:  # [K, D], to be executed
+    """Asks the policy for the next actions. Raises as `take` does."""
+    observation, seed = self.question(observation)
+    return self.take(observation, self.policy.predict(observation, seed=seed))
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #210cc9ae
 @patch
@@ -347,6 +394,7 @@ def run_episode(
     """Runs one episode. Raises `ValueError` when the policy does not fit the benchmark."""
     settings = settings or EvaluationSettings()
     check_settings(policy.spec, benchmark, settings)
+    check_batch(policy, settings)
     episode_spec = EpisodeSpec(task, 0, seed, record)
     rollout = Rollout(policy, episode_spec, settings, settings.max_steps or benchmark.spec.max_steps)
     runner = EpisodeRunner(benchmark)
@@ -370,6 +418,7 @@ def fingerprint(
         "max_steps": settings.max_steps or benchmark.spec.max_steps,
         "first_seed": settings.first_seed,
     }
+    protocol |= {"batch_size": settings.batch_size} if settings.batch_size > 1 else {}
     content = {"policy": policy.fingerprint, "protocol": protocol, "benchmark": asdict(benchmark.spec)}
     return json.loads(json.dumps(content))
 
@@ -502,12 +551,27 @@ def _after_failure(worker: Any, rollout: Rollout, error: EpisodeError) -> Rollou
     worker.restart()
     return fresh
 
+# %% ../../nbs/evaluation/10_rollout.ipynb #757d91f5
+def predict_together(
+    rollouts: Sequence[Rollout],  # of one policy
+    observations: Sequence[Mapping[str, Any]],  # of each, what its simulator shows
+    batch_size: int,  # of the policy
+) -> list[np.ndarray]:  # [K, D] for each, to be executed
+    """The next actions of several episodes. Raises as `Rollout.take` does."""
+    if batch_size == 1:
+        return [rollout.predict_actions(seen) for rollout, seen in zip(rollouts, observations)]
+    if not rollouts:
+        return []
+    asked, seeds = zip(*(rollout.question(seen) for rollout, seen in zip(rollouts, observations)))
+    chunks = rollouts[0].policy.predict_batch(list(asked), list(seeds))
+    return [rollout.take(*each) for rollout, *each in zip(rollouts, asked, chunks, strict=True)]
+
 # %% ../../nbs/evaluation/10_rollout.ipynb #7230a1c0
 class _Queue:
     """Episodes that wait for a worker, those that run, and whether any simulator has worked so far."""
 
-    def __init__(self, rollouts: Iterator[Rollout], finish: Callable[[Rollout], None]):
-        self.rollouts, self.finish = rollouts, finish
+    def __init__(self, rollouts: Iterator[Rollout], finish: Callable[[Rollout], None], batch_size: int):
+        self.rollouts, self.finish, self.batch_size = rollouts, finish, batch_size
         self.active: dict[Any, Rollout] = {}
         self.works, self.lost = False, 0
 
@@ -518,15 +582,25 @@ class _Queue:
             self.active[worker] = rollout
             self.attempt(worker, lambda: worker.send(rollout.episode_spec))
 
-    def advance(self, worker: Any) -> None:
-        """Serves a worker that has an answer."""
+    def receive(self, worker: Any, waiting: dict[Any, Mapping[str, Any]]) -> None:
+        """Books what a worker reports; one whose episode goes on waits for actions, with what it sees."""
         rollout, result = self.active[worker], worker.receive()
         self.works = True
         if rollout.update(result):
             self.finish(rollout)
             self.begin(worker, next(self.rollouts, None))
         else:
-            worker.send(rollout.predict_actions(result.observation))
+            waiting[worker] = result.observation
+
+    def serve(self, workers: Sequence) -> None:
+        """Serves workers that have something to report, at most `batch_size`."""
+        waiting: dict[Any, Mapping[str, Any]] = {}
+        for worker in workers:
+            self.attempt(worker, lambda worker=worker: self.receive(worker, waiting))
+        rollouts = [self.active[worker] for worker in waiting]
+        answers = predict_together(rollouts, list(waiting.values()), self.batch_size)
+        for worker, actions in zip(waiting, answers):
+            self.attempt(worker, lambda worker=worker, actions=actions: worker.send(actions))
 
     def attempt(self, worker: Any, act: Callable[[], None]) -> None:
         """Does something that needs the simulator. Raises `WorkerError` where no simulator has ever worked."""
@@ -546,13 +620,20 @@ class _Queue:
 HOPELESS = 2  # episodes that end in an error before any simulator has shown a scene
 
 
-def _run_episodes(rollouts: Iterator[Rollout], workers: Sequence, finish: Callable[[Rollout], None]) -> None:
-    queue = _Queue(rollouts, finish)
+def run_rollouts(
+    rollouts: Iterator[Rollout],
+    workers: Sequence,  # from `open_workers`
+    finish: Callable[[Rollout], None],  # called with each that has ended
+    batch_size: int = 1,  # of their policy: how many observations it answers at once
+) -> None:
+    """Plays episodes on simulators side by side. Raises `WorkerError` where none has ever worked."""
+    queue = _Queue(rollouts, finish, batch_size)
     for worker in workers:
         queue.begin(worker, next(rollouts, None))
     while queue.active:
-        for worker in ready(list(queue.active)):
-            queue.attempt(worker, lambda worker=worker: queue.advance(worker))
+        found = ready(list(queue.active))
+        for begin in range(0, len(found), batch_size):
+            queue.serve(found[begin : begin + batch_size])
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #6a662dea
 def _run_all(
@@ -566,7 +647,7 @@ def _run_all(
 ) -> None:
     finished, successes, workers = total - len(todo), 0, []
     max_steps = settings.max_steps or benchmark.spec.max_steps
-    bar = tqdm(total=total, initial=finished, unit="episode", mininterval=2.0, disable=not show_progress)
+    bar = moving_bar(total=total, initial=finished, unit="episode", disable=not show_progress)
 
     def count(rollout: Rollout) -> None:
         nonlocal finished, successes
@@ -578,7 +659,8 @@ def _run_all(
     try:
         num_envs = min(settings.num_envs, max(len(todo), 1))
         workers = open_workers(benchmark, num_envs, settings.step_timeout_s)
-        _run_episodes((Rollout(policy, e, settings, max_steps) for e in todo), workers, count)
+        rollouts = (Rollout(policy, e, settings, max_steps) for e in todo)
+        run_rollouts(rollouts, workers, count, settings.batch_size)
     except (WorkerError, KeyboardInterrupt) as error:
         done = f"{finished} of {total} episodes are finished and kept; run it again to continue"
         if isinstance(error, KeyboardInterrupt):
@@ -639,6 +721,7 @@ def evaluate(
     """
     benchmark = benchmark or build_benchmark(settings, policy.spec)
     check_settings(policy.spec, benchmark, settings)
+    check_batch(policy, settings)
     identity = fingerprint(policy, benchmark, settings)
     out = Path(out_dir)
     log, tasks = EpisodeLog(out, identity), settings.tasks or benchmark.tasks()

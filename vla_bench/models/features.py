@@ -32,6 +32,9 @@ class Features:
     embodiment: Tensor | None = None  # long [B], which robot a sample is from, where there are several
     image: Tensor | None = None  # bool [B, L+K], true at an image's tokens; for heads that read the two apart
     action_mask: Tensor | None = None  # bool [B, D], the numbers that each sample's robot has; None: all
+    delay: Tensor | None = (
+        None  # long [R·B], first actions of each draw that are decided already; None: drawn
+    )
 
     @property
     def extra(self) -> Tensor:
@@ -62,7 +65,7 @@ def last_valid(
 ) -> Tensor:  # long [B]
     """The index of each sample's last valid token. Raises `ValueError` for a sample without one."""
     index = torch.where(mask.bool(), torch.arange(mask.shape[1], device=mask.device), -1).amax(1)
-    if (index < 0).any():
+    if not torch.compiler.is_exporting() and (index < 0).any():  # a graph asks no values
         raise ValueError(f"sample {int(index.argmin())} of the batch has no valid token to read")
     return index
 

@@ -11,7 +11,7 @@ __all__ = ['BatchPolicy', 'BusyError', 'LateError', 'Answer', 'Batcher']
 import queue
 import threading
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from ..config import require, require_whole
 from ..data.layout import PolicySpec
 from .checks import check_actions
+from ..timing import timed
 
 # %% ../../nbs/serving/30_batching.ipynb #9151e65c
 class BatchPolicy(Protocol):
@@ -56,6 +57,7 @@ class Answer:
     queue_ms: float  # how long it waited for its turn
     model_ms: float  # how long its batch took
     batch: int  # requests that were answered together
+    prepare_ms: float = 0.0  # how much of `model_ms` it took to make tensors, where the policy says so
 
 
 @dataclass(eq=False)
@@ -90,7 +92,9 @@ class Batcher:
         self.arrivals: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self.groups: dict[Hashable, list[_Request]] = {}  # what waits; the worker's own
         self.lock, self.pending, self.closing = threading.Lock(), 0, False
+        self.clients: int | None = None  # that may ask, each one question at a time; None: nobody knows
         self.finishing = False  # the worker's own: `close` has reached it
+        self.listeners: list[Callable[[], None]] = []  # called when the answers of a batch are there
         self.worker = threading.Thread(target=self.work, name="policy", daemon=True)
         self.worker.start()
 
@@ -142,6 +146,13 @@ def _admit(self: Batcher, request: _Request | None) -> None:
     except Exception as error:
         if request.future.set_running_or_notify_cancel():
             request.future.set_exception(error)
+            self._tell()
+
+
+@patch
+def _tell(self: Batcher) -> None:
+    for listener in self.listeners:
+        listener()
 
 
 @patch
@@ -156,6 +167,11 @@ def _admit_all(self: Batcher, timeout: float | None) -> None:
 
 # %% ../../nbs/serving/30_batching.ipynb #854c413a
 @patch
+def _all_have_asked(self: Batcher) -> bool:
+    return self.clients is not None and self.pending >= self.clients
+
+
+@patch
 def next_batch(self: Batcher) -> list[_Request]:  # empty at the end
     """Waits for the next requests that are to be computed together."""
     timeout: float | None = 0.0
@@ -168,7 +184,8 @@ def next_batch(self: Batcher) -> list[_Request]:  # empty at the end
             group = min(self.groups, key=lambda each: self.groups[each][0].arrived)
             waiting = self.groups.pop(group)
             timeout = waiting[0].arrived + self.max_wait - time.monotonic()
-            if len(waiting) >= self.policy.batch_size or timeout <= 0 or self.finishing:
+            full = len(waiting) >= self.policy.batch_size or self._all_have_asked()
+            if full or timeout <= 0 or self.finishing:
                 batch, rest = waiting[: self.policy.batch_size], waiting[self.policy.batch_size :]
                 self.groups |= {group: rest} if rest else {}
                 return batch
@@ -189,7 +206,8 @@ def _alive(self: Batcher, request: _Request) -> bool:
 def _compute(self: Batcher, batch: Sequence[_Request]) -> None:
     begin = time.monotonic()
     try:
-        found = self.policy.predict_batch([r.observation for r in batch], [r.seed for r in batch])
+        with timed() as parts:
+            found = self.policy.predict_batch([r.observation for r in batch], [r.seed for r in batch])
         chunks = [check_actions(each, self.policy.spec) for each in found]
     except Exception as error:
         if len(batch) == 1:
@@ -201,7 +219,8 @@ def _compute(self: Batcher, batch: Sequence[_Request]) -> None:
     taken = time.monotonic() - begin
     for request, chunk in zip(batch, chunks, strict=True):
         waited = begin - request.arrived
-        request.future.set_result(Answer(chunk, 1e3 * waited, 1e3 * taken, len(batch)))
+        answer = Answer(chunk, 1e3 * waited, 1e3 * taken, len(batch), parts.get("prepare", 0.0))
+        request.future.set_result(answer)
 
 
 @patch
@@ -210,3 +229,4 @@ def work(self: Batcher) -> None:
     while batch := self.next_batch():
         if alive := [request for request in batch if self._alive(request)]:
             self._compute(alive)
+        self._tell()

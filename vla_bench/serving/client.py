@@ -10,7 +10,7 @@ __all__ = ['ServerError', 'RefusedError', 'pause', 'PolicyClient', 'ClientEpisod
 # %% ../../nbs/serving/10_client.ipynb #21cb270e
 import json
 import random
-import socket
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 from fastcore.basics import patch
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
-from websockets.sync import client as websocket
-from websockets.uri import parse_uri
 
 from ..config import require
 from ..data.layout import spec_from_dict
 from ..data.windows import History
 from .checks import check_actions, message_from
+from .connection import ClientConnection
 from .protocol import Limits, ProtocolError, pack, unpack
 from .session import prediction_seed
 
@@ -62,7 +61,8 @@ class PolicyClient:
         require(images in (None, "png", "jpeg"), "images", "None, 'png' or 'jpeg'", images)
         self.url, self.api_key, self.images = url, api_key, images
         self.connect_s, self.timeout_s = connect_s, timeout_s
-        self.connection: websocket.ClientConnection | None = None
+        self.connection: ClientConnection | None = None
+        self.lock = threading.Lock()  # one question at a time
         self.handshake = self.connect()
         self.spec = spec_from_dict(self.handshake["policy"], f"the policy of {url}")
         self.fingerprint = self.handshake["fingerprint"]
@@ -85,17 +85,8 @@ def close(self: PolicyClient) -> None:
 @patch
 def _open(self: PolicyClient, timeout: float) -> dict[str, Any]:
     """One attempt; the handshake."""
-    where = parse_uri(self.url)
-    knock = socket.create_connection((where.host, where.port), timeout)
     headers = {"Authorization": f"Api-Key {self.api_key}"} if self.api_key else {}
-    largest = Limits.frame_bytes
-    options = {
-        "compression": None,
-        "max_size": largest,
-        "open_timeout": timeout,
-        "additional_headers": headers,
-    }
-    self.connection = websocket.connect(self.url, sock=knock, **options).__enter__()
+    self.connection = ClientConnection(self.url, headers, Limits.frame_bytes, timeout)
     told = unpack(self.connection.recv(timeout))
     if not isinstance(told, dict) or not {"policy", "fingerprint"} <= told.keys():
         raise ProtocolError(
@@ -145,7 +136,7 @@ def _exchange(self: PolicyClient, frame: bytes, end: float) -> Any:
         try:
             if self.connection is None:
                 self.reconnect()
-            self.connection.send(frame)
+            self.connection.send(frame, max(end - time.monotonic(), 0.01))
             return self.connection.recv(max(end - time.monotonic(), 0.01))
         except ConnectionClosed:
             self.reconnect()
@@ -177,7 +168,8 @@ def request(self: PolicyClient, message: Mapping[str, Any]) -> dict[str, Any]:
     frame = pack(message, images=self.images)
     attempt, begin = 0, time.monotonic()
     while True:
-        reply = self._exchange(frame, time.monotonic() + self.timeout_s)
+        with self.lock:
+            reply = self._exchange(frame, time.monotonic() + self.timeout_s)
         try:
             return _read_reply(reply)
         except ServerError as error:

@@ -36,9 +36,11 @@ class OpenPI(Dialect):
         """The session of a name; a new one for a name that is new. Raises `ValueError` for too many."""
         if not isinstance(name, (str, int, type(None))):
             raise ValueError(f"'session_id' must be a text or a whole number, got {name!r:.60}")
-        if name not in self.sessions and len(self.sessions) == MAX_SESSIONS:
-            raise ValueError(f"a connection has at most {MAX_SESSIONS} sessions; open another one")
-        return self.sessions.setdefault(name, self.service.session())
+        if name not in self.sessions:
+            if len(self.sessions) == MAX_SESSIONS:
+                raise ValueError(f"a connection has at most {MAX_SESSIONS} sessions; open another one")
+            self.sessions[name] = self.service.session()
+        return self.sessions[name]
 
     async def answer(self, message: Any) -> bytes:
         """The actions for an observation, or that a session was reset. Raises `ValueError` for what does not fit."""
@@ -61,6 +63,7 @@ class OpenPI(Dialect):
         seed = session.next_seed(asked)
         answer = await self.service.predict(observation, seed)
         timing = {"infer_ms": answer.model_ms, "queue_ms": answer.queue_ms, "batch": answer.batch}
+        timing["prepare_ms"] = answer.prepare_ms  # of infer_ms
         timing |= {} if self.last_ms is None else {"prev_total_ms": self.last_ms}
         self.last_ms = 1e3 * (time.perf_counter() - begin)
         policy_timing = {"infer_ms": answer.model_ms}

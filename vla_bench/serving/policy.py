@@ -35,6 +35,7 @@ from ..models.frameworks.several import use_head
 from ..registry import suggest
 from .checks import check_cameras, check_state
 from ..settings import get_setting
+from ..timing import timed_part
 from ..training.checkpoint import check_checkpoint, check_finite, find_checkpoint, read_spec
 
 # %% ../../nbs/serving/20_policy.ipynb #49292cde
@@ -208,7 +209,8 @@ def _predict_rows(
     observations: Sequence[Mapping[str, Any]],  # of one group, at most `batch_size`
     seeds: Sequence[int],
 ) -> list[np.ndarray]:
-    samples = [sample_from(each, self.spec, self.normalizers) for each in observations]
+    with timed_part("prepare"):
+        samples = [sample_from(each, self.spec, self.normalizers) for each in observations]
     missing = self.batch_size - len(samples)
     chunks = self._normalized([*samples, *samples[:1] * missing], [*seeds, *seeds[:1] * missing])
     own = robot_dims(self.view.encoding, self.spec.action, self.spec.state)[0]
@@ -262,6 +264,11 @@ def from_pretrained(
 ) -> Policy:
     """Loads a policy without network. Raises `FileNotFoundError` or `ValueError` naming what to restore."""
     found = find_checkpoint(folder, checkpoint)
+    if (found / "graph.json").is_file():  # see the page Exported
+        from vla_bench.serving.exported import load_exported
+
+        given = {"dataset": dataset, "head": head, "device": device}
+        return load_exported(found, **given, batch_size=None if batch_size == 1 else batch_size)
     check_checkpoint(found, verify=verify)
     spec = robot_spec(found, dataset)
     normalizers = load_normalizers(found, spec)

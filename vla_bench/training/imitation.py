@@ -27,22 +27,26 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from ..config import Config, cli_errors, parse_cli
 from ..data.detectors import GRIPPER
+from ..files import NotWrittenError
+from ..progress import moving_bar
+from .ahead import received
 from .best import note_best
 from .checkpoint import rng_state, set_rng_state
 from .data import Member
 from .ema import on_average
-from ..files import NotWrittenError
 from .guard import Spike, torch_rng, write_offending
 from .loop import EvaluationView, MetricsLog, action_error_sums, error_row, make_loader
 from .optim import parts_text
+from .profile import profiled
 from .run import Run, finish, save, set_up
 from .stopping import STATUS, agreed, interruptible, stop_requests
 from .trackers import close_trackers, open_trackers
-from .utilization import Arithmetic, gradient_norms, memory, peak_tflops
+from .utilization import Arithmetic, memory, peak_tflops
 
 # %% ../../nbs/training/30_imitation.ipynb #1d32dadd
 def step_shares(
@@ -60,7 +64,13 @@ def micro_batches(run: Run) -> Iterator[dict[str, dict]]:  # source to batch
     """One prepared batch of every source, again and again, from the present step to the end of the run."""
     loader = lambda name, s: make_loader(s.view, run.sampler(name), s.prepare, run.settings.num_workers)
     loaders = {name: loader(name, source) for name, source in run.sources.items()}
-    return (dict(zip(loaders, parts)) for parts in zip(*loaders.values()))
+    batches = (dict(zip(loaders, parts)) for parts in zip(*loaders.values()))
+    received_first = received(batches) if run.settings.num_workers else batches
+    # what is drawn is drawn here, not in the thread that receives: the generators are this thread's
+    drawn = lambda name, batch: (
+        run.sources[name].draw(run.framework, batch) if run.sources[name].draw else batch
+    )
+    return ({name: drawn(name, part) for name, part in parts.items()} for parts in received_first)
 
 # %% ../../nbs/training/30_imitation.ipynb #ab17c004
 def due(run: Run, interval: int, ahead: int = 0) -> bool:
@@ -80,15 +90,17 @@ def update(
     accelerator, losses = run.accelerator, []
     for number, (micro, share) in enumerate(zip(batches, step_shares(run, batches))):
         with run.sharding.accumulate():
-            found = run.model(send_to_device(micro, accelerator.device))
+            with record_function("forward"):
+                found = run.model(send_to_device(micro, accelerator.device))
             check_finite_losses(run, found, number)
             scale = len(batches) * accelerator.num_processes
             terms = [found[n][s.loss] * share[n] * scale * s.weight for n, s in run.sources.items()]
-            run.sharding.backward(torch.stack(terms).sum())
+            with record_function("backward"):
+                run.sharding.backward(torch.stack(terms).sum())
             losses.append({k: v.detach() * share[n] for n, own in found.items() for k, v in own.items()})
             if accelerator.sync_gradients:
                 logged = due(run, run.settings.log_interval, ahead=1)
-                run.grad_norms = gradient_norms(run.framework) if logged else {}
+                run.grad_norms = run.sharding.gradient_norms() if logged else {}
                 norm = run.sharding.clip(run.settings.gradient_clipping)
                 if not math.isfinite(norm):
                     raise FloatingPointError(not_finite(run, f"gradient's norm is {norm}", number))
@@ -300,7 +312,7 @@ def show_parts(run: Run) -> None:
 def progress_bar(run: Run) -> tqdm:
     """A bar of steps, on the main process only."""
     steps = {"total": run.settings.max_train_steps, "initial": run.step}
-    return tqdm(**steps, desc=run.folder.name, mininterval=2.0, disable=not run.accelerator.is_main_process)
+    return moving_bar(**steps, desc=run.folder.name, disable=not run.accelerator.is_main_process)
 
 # %% ../../nbs/training/30_imitation.ipynb #ab17c007
 def arithmetic_of(run: Run) -> Arithmetic:
@@ -308,8 +320,12 @@ def arithmetic_of(run: Run) -> Arithmetic:
     device, settings = run.accelerator.device, run.settings
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     known = peak_tflops(name, settings.mixed_precision, settings.peak_tflops)
-    passes = settings.gradient_accumulation_steps
-    return Arithmetic(known if run.sharding.can_refuse else None, passes)  # DeepSpeed keeps what is rehearsed
+    if not run.sharding.can_refuse:  # DeepSpeed keeps what is rehearsed
+        if settings.peak_tflops:
+            text = f"trainer.peak_tflops: arithmetic is not counted under DeepSpeed ({run.sharding.mode}), so the log has no mfu"
+            run.accelerator.print(text, file=sys.stderr)
+        known = None
+    return Arithmetic(known, settings.gradient_accumulation_steps)
 
 
 def rehearse(run: Run, micro: dict[str, dict]) -> None:
@@ -376,12 +392,14 @@ def fit(
         stream = micro_batches(run)
         run.model.train()
         while run.step < settings.max_train_steps and not stopping:
-            started = time.perf_counter()
-            batches = [next(stream) for _ in range(settings.gradient_accumulation_steps)]
-            loaded = time.perf_counter()
-            rates = learning_rates(run)
-            loss, grad_norm = guarded_update(run, batches)
-            times.append((loaded - started, time.perf_counter() - loaded))
+            with profiled(run):
+                started = time.perf_counter()
+                with record_function("data"):
+                    batches = [next(stream) for _ in range(settings.gradient_accumulation_steps)]
+                loaded = time.perf_counter()
+                rates = learning_rates(run)
+                loss, grad_norm = guarded_update(run, batches)
+                times.append((loaded - started, time.perf_counter() - loaded))
             arithmetic.count(rehearse, run, batches[0])
             left_out.append(dropped(run, batches))
             bar.update()

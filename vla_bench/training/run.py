@@ -6,8 +6,8 @@ Docs: https://vla-bench.github.io/vla_bench/training/run.html.md"""
 
 # %% auto #0
 __all__ = ['COUNTS', 'FREE_KEYS', 'PLACES', 'FALLS_BACK', 'TrainerSettings', 'RunSettings', 'check_processes', 'check_launcher',
-           'make_accelerator', 'differences', 'check_continuation', 'find_resume', 'check_dtype', 'inside',
-           'check_ranges', 'in_own_memory', 'load_alone', 'load_framework', 'identity', 'Run', 'progress',
+           'make_accelerator', 'differences', 'check_continuation', 'check_own_code', 'find_resume', 'check_dtype',
+           'inside', 'check_ranges', 'in_own_memory', 'load_alone', 'load_framework', 'identity', 'Run', 'progress',
            'robots_progress', 'compare_progress', 'check_data', 'follow_end', 'restore', 'save_policies',
            'start_folder', 'make_optimizer', 'wrap_blocks', 'average_of', 'read_robots', 'robots_of', 'guard_of',
            'set_up', 'save', 'finish']
@@ -28,7 +28,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, gather_object, patch_environment, set_seed
 from fastcore.basics import patch
-from .zero import distribute
 
 from ..config import Config, ConfigError, is_number, load_config, require, require_whole
 from ..data.layout import PolicySpec, spec_to_dict
@@ -44,13 +43,15 @@ from vla_bench.files import (
     write_json,
     writing,
 )
-from ..models.frameworks.alone import BackboneAlone, build_alone
 from ..models.backbones.processor import settle_deepspeed
 from ..models.frameworks.adapters import add_adapters, check_adapters
+from ..models.frameworks.alone import BackboneAlone, build_alone
 from ..models.frameworks.blocks import compile_blocks, recompute_blocks
 from ..models.frameworks.build import build_framework
 from ..models.frameworks.framework import Framework
+from ..own_code import keep_code, kept_code, own_files_named
 from ..settings import get_setting
+from .best import open_rollouts
 from vla_bench.training.checkpoint import (
     check_checkpoint,
     check_finite,
@@ -70,23 +71,13 @@ from vla_bench.training.checkpoint import (
 )
 from .data import Data, DataSettings, open_data, policy_specs
 from .ema import EMA, averaged, check_ema, load_raw, make_ema
+from .guard import SpikeGuard, guard_state, restore_guard, spike_guard
 from .loop import AugmentedView, BatchSampler
 from .memory import keep_freed_memory
-from vla_bench.training.optim import (
-    flat_learning_rates,
-    freeze_modules,
-    parameter_groups,
-    parts_table,
-)
+from .optim import flat_learning_rates, freeze_modules, parameter_groups, parts_table
 from .optimizers import BETAS, build_optimizer, check_optimizer
 from .pretrained import load_pretrained, module_paths
-from vla_bench.training.resume import (
-    Split,
-    check_samples,
-    elsewhere_text,
-    fresh_generators,
-    samples_per_step,
-)
+from .resume import Split, check_samples, elsewhere_text, fresh_generators, samples_per_step
 from .retention import check_retention, remove_superfluous
 from .schedule import check_end, check_schedule, end_text, follow, make_schedule
 from .sharding import Gathered, Whole
@@ -101,8 +92,8 @@ from vla_bench.training.sources import (
     weighted,
 )
 from .trackers import tracker_names
-from .best import open_rollouts
-from .guard import SpikeGuard, guard_state, restore_guard, spike_guard
+from .profile import StepProfiler, step_profiler
+from .zero import distribute
 
 # %% ../../nbs/training/25_run.ipynb #c8f85b2d
 @dataclass
@@ -142,6 +133,7 @@ class TrainerSettings:
     rollout_episodes: int = 10  # per task
     rollout_first_seed: int = 40000  # of their scenes; the final evaluation has others, evaluation.first_seed
     spike_guard: Any = None  # a section such as {factor: 10, action: skip}: see `SpikeGuard`
+    profile: Any = None  # a section such as {skip: 3, steps: 3}: see `StepProfiler`
     trackers: Any = None  # tensorboard, trackio, wandb: see `tracker_names`
     peak_tflops: float | None = None  # of the device, where `PEAK_TFLOPS` has it not: for `mfu` in the log
     pretrained_checkpoint: str | None = None  # weights to start from: see `load_pretrained`
@@ -161,6 +153,7 @@ class TrainerSettings:
         require_whole("trainer.rollout_episodes", self.rollout_episodes, 1)
         require_whole("trainer.rollout_first_seed", self.rollout_first_seed, 0)
         spike_guard(self.spike_guard)
+        step_profiler(self.profile)
         peak = self.peak_tflops
         fits = peak is None or (is_number(peak) and peak > 0)
         require(fits, "trainer.peak_tflops", "a positive, finite number", peak)
@@ -299,6 +292,7 @@ FREE_KEYS = (
     "rollout_interval",
     "rollout_episodes",
     "rollout_first_seed",
+    "profile",
     "trackers",
     "peak_tflops",
     "keep_last",
@@ -312,7 +306,7 @@ def differences(
 ) -> list[str]:  # "trainer.weight_decay is 0.01 there and 0.5 here"
     """The keys in which two configurations differ, but for those that change nothing that is learned."""
     saved, now = _flat(_named(saved)), _flat(_named(now))
-    free = ("evaluation", "wandb_", "run_root_dir", "run_id", *(f"trainer.{key}" for key in FREE_KEYS))
+    free = ("evaluation", "wandb_", "run_root_dir", "run_id", "imports", *(f"trainer.{k}" for k in FREE_KEYS))
     return [
         f"{key} is {saved.get(key)!r} there and {now.get(key)!r} here"
         for key in sorted(saved.keys() | now.keys())
@@ -372,6 +366,19 @@ _END = re.compile(r"trainer\.max_train_steps is ")  # a run may be made longer
 FALLS_BACK = ("auto", "last_good")  # to an older checkpoint than the newest, when that one is damaged
 
 
+def check_own_code(cfg: Config, run: Path) -> None:
+    """Raises `ConfigError` when a run was trained with other code than `imports` names."""
+    there = {file.name: file for file in kept_code(run)}
+    here = {file.name: file for file in own_files_named(cfg.get("imports", []))}
+    for name in there.keys() | here.keys():
+        if name not in there or name not in here or there[name].hash != here[name].hash:
+            places = [files[name].origin if name in files else "none" for files in (there, here)]
+            raise ConfigError(
+                f"{run} was trained with other code of your own: {places[0]} there and {places[1]} here. "
+                "Name the first in imports, or write elsewhere with --run_id NAME"
+            )
+
+
 def find_resume(
     cfg: Config,
     run: Path,  # the run folder
@@ -394,7 +401,8 @@ def find_resume(
             f"{run} already holds a run; continue it with --trainer.resume true, "
             "write elsewhere with --run_id NAME, or delete the folder yourself"
         )
-    differing = differences(load_config(run).to_dict(), cfg.to_dict())
+    check_own_code(cfg, run)
+    differing = differences(load_config(run, run_code=False).to_dict(), cfg.to_dict())
     other = (
         f"{run} was trained with another configuration: {'; '.join(differing)}. "
         "Use the same values, or write elsewhere with --run_id NAME"
@@ -546,6 +554,7 @@ class Run:
     ema: EMA | None = None  # the average of the weights, where one is kept
     trackers: list[str] = field(default_factory=list)  # where its numbers go besides metrics.jsonl
     guard: SpikeGuard | None = None  # refuses updates that jump
+    profiler: StepProfiler | None = None  # records some steps; on the main process
     rollouts: Any = None  # plays episodes on the present weights: see `open_rollouts`
 
     @property
@@ -563,7 +572,7 @@ class Run:
     @cached_property
     def configuration(self) -> dict[str, Any]:
         """What `config.yaml` says; read once, at the start."""
-        return load_config(self.folder).to_dict()
+        return load_config(self.folder, run_code=False).to_dict()
 
 # %% ../../nbs/training/25_run.ipynb #774d4c83
 @patch
@@ -739,6 +748,7 @@ def start_folder(run: Run, cfg: Config) -> None:
         if mode == "last_good":  # told once, for this start
             tree = cfg.to_dict()
             cfg = load_config({**tree, "trainer": {**tree["trainer"], "resume": True}})
+        keep_code(run.folder, own_files_named(cfg.get("imports", [])))
         cfg.save(run.folder / "config.yaml")
         if run.data is not None:
             save_statistics(run.folder / "dataset_statistics.json", run.data.statistics)
@@ -841,6 +851,7 @@ def set_up(
     trained = accelerator, framework, wrapped, stepper, scheduler, learnt, sharding
     run = Run(folder, seed, settings, data, spec, *trained, parts=parts)
     run.ema, run.trackers, run.guard = average_of(run), trackers, guard_of(run)
+    run.profiler = step_profiler(settings.profile) if accelerator.is_main_process else None
     if checkpoint:
         restore(run, checkpoint, optimizer)
     run.rollouts = open_rollouts(run, cfg)

@@ -30,6 +30,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from ..config import ConfigError, suggest
+from .utilization import gradient_norms
 
 # %% ../../nbs/training/12_sharding.ipynb #shard006
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class Whole:
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of one micro-batch, divided by their number and averaged over the processes."""
         self.accelerator.backward(loss)
+
+    def gradient_norms(self) -> dict[str, float]:
+        """The norm of the global gradient, part by part, before it is clipped; every process must call this."""
+        return gradient_norms(self.framework)
 
     def clip(self, max_norm: float) -> float:
         """Limits the norm of the global gradient, and returns what it was."""

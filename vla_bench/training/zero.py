@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..config import ConfigError
 from ..models.backbones.processor import settle_deepspeed
 from .sharding import FSDP2, Whole, asked_sharding, make_mesh
+from .utilization import trained_parts
 
 # %% ../../nbs/training/13_zero.ipynb #zero006
 def zero_config(
@@ -130,6 +131,25 @@ class Zero(Whole):
     def release(self) -> None:
         """Gives up the engine."""
         self.model.destroy()
+
+# %% ../../nbs/training/13_zero.ipynb #zero029
+@patch
+def own_gradients(self: Zero, weights: list[nn.Parameter]) -> list[Tensor]:
+    """What this process has of the gradients of some weights that learn, after the backward pass and before the step."""
+    if self.stage == 3:
+        return [self.deepspeed.utils.safe_get_local_grad(weight) for weight in weights]
+    mine = [(w._hp_mapping, w._index_in_param_group) for w in weights if w._hp_mapping is not None]
+    return [mapping.get_lp_grad_fragment(index).flatten() for mapping, index in mine]
+
+
+@patch
+@torch.no_grad()
+def gradient_norms(self: Zero) -> dict[str, float]:
+    """The norm of the global gradient, part by part, before it is clipped; every process must call this."""
+    device, parts = self.accelerator.device, trained_parts(self.framework)
+    own = [nn.utils.get_total_norm(self.own_gradients(weights)).to(device) for weights in parts.values()]
+    squares = self.accelerator.reduce(torch.stack(own).square(), "sum")
+    return {f"grad_norm/{name}": norm for name, norm in zip(parts, squares.sqrt().tolist())}
 
 # %% ../../nbs/training/13_zero.ipynb #zero013
 @patch

@@ -65,6 +65,18 @@ def _time(ax: Any, rows: list[dict]) -> None:
     ax.set_ylim(0, 1600 * np.quantile(data + computing, 0.95))
     ax.legend(frameon=False, fontsize=8, loc="upper right")
 
+# %% ../../nbs/viz/20_curves.ipynb #mem00002
+def _memory(ax: Any, rows: list[dict]) -> None:
+    kinds = {"memory_gib": ("process", "tab:brown"), "gpu_memory_gib": ("GPU", "tab:olive")}
+    for key, (label, color) in kinds.items():
+        steps, most = series(rows, key)
+        if len(steps):
+            ax.step(steps, most, where="post", color=color, label=f"{label}, {most[-1]:.1f} GiB")
+    ax.set_ylim(bottom=0)
+    ax.margins(y=0.25)
+    ax.set_title("most memory so far, GiB", fontsize=10)
+    ax.legend(frameon=False, fontsize=8)
+
 # %% ../../nbs/viz/20_curves.ipynb #3438eb66
 def _language(ax: Any, rows: list[dict]) -> None:
     ax.plot(*series(rows, "eval/language_loss"), "o-", color="tab:purple", label="loss per token")
@@ -92,7 +104,7 @@ def _success(ax: Any, rows: list[dict]) -> None:
 def plot_curves(
     run: str | Path,  # run folder, or a metrics.jsonl
 ) -> Any:  # matplotlib figure
-    """Loss and held-out error, learning rates, gradient norm, time per step, and language where it was measured.
+    """Loss and held-out error, learning rates, gradient norm, time per step, memory, and what else was measured.
 
     Raises `FileNotFoundError`.
     """
@@ -103,10 +115,14 @@ def plot_curves(
     if not rows:
         raise FileNotFoundError(f"no metrics at {path}; a run writes them from its first logged step")
     panels = [_learning, _rates, _gradient, _time]
+    panels += [_memory] if any("memory_gib" in row or "gpu_memory_gib" in row for row in rows) else []
     panels += [_success] if any("eval/success_rate" in row for row in rows) else []
     panels += [_language] if any("eval/language_loss" in row for row in rows) else []
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.25 * len(panels), 2.8), layout="constrained")
-    for ax, draw in zip(axes, panels):
+    columns = len(panels) if len(panels) < 5 else 3
+    lines = -(-len(panels) // columns)
+    figure = plt.figure(figsize=(3.25 * columns, 2.8 * lines), layout="constrained")
+    for number, draw in enumerate(panels, 1):
+        ax = figure.add_subplot(lines, columns, number)
         draw(ax, rows)
         ax.set_xlabel("step")
         ax.spines[["top", "right"]].set_visible(False)

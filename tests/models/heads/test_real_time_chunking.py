@@ -148,6 +148,23 @@ def test_delays_are_drawn_from_zero_to_the_largest(features, name, monkeypatch):
 
 
 @each
+def test_delays_that_are_given_are_those_of_the_loss(features, name):
+    """Drawn ahead by the head, the loss is the one of the times with a clean prefix, and draws no delay of its own."""
+    head, noise = build(name, rtc_max_delay=3), NOISE
+    torch.manual_seed(4)
+    delay = head.draw_delays(IS_PAD)
+    left = (~IS_PAD.repeat(R, 1)).sum(1)
+    assert delay.shape == (R * B,) and (delay < left).all() and delay.unique().numel() > 1
+    prefix = torch.arange(T) < delay[:, None]
+    time = torch.where(prefix, CLEAN[name], TIME[:, None])
+    expected = head.loss(features, ACTIONS, IS_PAD, noise, time)["action_loss"]
+    state = torch.get_rng_state()
+    found = head.loss(replace(features, delay=delay), ACTIONS, IS_PAD, noise, TIME)["action_loss"]
+    assert torch.equal(found, expected) and torch.equal(state, torch.get_rng_state())
+    assert build(name).draw_delays(IS_PAD) is None
+
+
+@each
 def test_a_chunk_is_sampled_behind_what_is_decided(features, name):
     head, decided = build(name, rtc_max_delay=3).eval(), ACTIONS[:, :2]
     noise = NOISE[:B]

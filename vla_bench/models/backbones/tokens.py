@@ -59,6 +59,8 @@ def padding_order(
         return None
     key = mask if padding_side == "left" else ~mask
     order = key.long().argsort(dim=1, stable=True)
+    if torch.compiler.is_exporting():  # a graph moves tokens in any case, since it asks no values
+        return order
     in_place = torch.arange(mask.shape[1], device=mask.device).expand_as(order)
     return None if torch.equal(order, in_place) else order
 

@@ -31,7 +31,9 @@ from .adapters import merge_into, restore_adapters
 from .build import build_framework, from_folder, read_section
 from .prepare import Prepare, to_device
 from ..heads.head import ActionHead, rename_parameters
+from ...own_code import import_kept, keep_code, own_files_of
 from ...registry import FRAMEWORKS
+from ...timing import timed_part
 
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #8ce12433
 @contextmanager
@@ -51,6 +53,7 @@ class Framework(nn.Module):
     """A policy in normalised terms. Subclasses are in the registry `FRAMEWORKS`."""
 
     reads = "last"  # what `features` provides, see `ActionHead.reads`
+    in_prompt = False  # whether queries or tokens of the head stand in the prompt, and not behind it
     default_head = "FlowMatching"
     head_defaults: Mapping[str, Any] = {}  # arguments of the default head that the framework needs
     prompt = "{lang}"  # template of the prompt; may hold {state}, as numbers -1 … 255
@@ -75,6 +78,10 @@ class Framework(nn.Module):
     def features(self, batch: dict[str, Any]) -> Features:
         """Runs the backbone as the head wants it."""
         raise NotImplementedError
+
+    def with_own(self, features: Features, batch: dict[str, Any]) -> Features:
+        """The features of the prompt with what this framework puts beside them; here nothing."""
+        return features
 
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #a8519d17
 def rename_old_parameters(framework: Framework, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -145,8 +152,8 @@ def get_fsdp_wrapping_policy(self: Framework) -> None:
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #d14b666a
 @patch
 def read(self: Framework, batch: dict[str, Any]) -> Features:
-    """The features of a batch, with state, embodiment and the mask of its robots' actions."""
-    named = {name: batch.get(name) for name in ("state", "embodiment", "action_mask")}
+    """The features of a batch, with state, embodiment, the mask of its robots' actions, and drawn delays."""
+    named = {name: batch.get(name) for name in ("state", "embodiment", "action_mask", "delay")}
     features = self.features(batch)
     return replace(features.detached() if self.knowledge_insulation else features, **named)
 
@@ -157,6 +164,13 @@ def draw_noise(self: Framework, features: Features, generator: torch.Generator |
     return self.action_model.draw_noise(len(features.mask), generator, features.mask.device)
 
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #63cb580c
+@patch
+def draw_delays(self: Framework, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch, with a `delay` where the head is to be given actions that are decided already."""
+    delay = self.action_model.draw_delays(batch["action_is_pad"])
+    return batch if delay is None else {**batch, "delay": delay}
+
+
 @patch
 def training_loss(
     self: Framework, batch: dict[str, Any], noise: Tensor | None, time: Tensor | None
@@ -220,7 +234,8 @@ def to_batch(self: Framework, examples: Sequence[Sample] | dict[str, Any]) -> di
 
     Raises `ValueError` for robots with different actions when the head cannot tell them apart.
     """
-    batch = examples if isinstance(examples, dict) else self.prepare(examples)
+    with timed_part("prepare"):
+        batch = examples if isinstance(examples, dict) else self.prepare(examples)
     if "action_mask" in batch and not self.action_model.masks_actions:
         raise ValueError(
             f"{batch['origin'][0]}: some robots lack numbers of an action that others have, and the head "
@@ -305,6 +320,7 @@ def save_pretrained(
     folder = Path(folder)
     save_weights(self, folder, weights)
     (folder / "framework.json").write_text(json.dumps(self.config, indent=2), encoding="utf-8")
+    keep_code(folder, own_files_of([self, *self.modules(), self.prepare]))
     self.vlm.save_config(folder / "vlm")
     if self.action_model.assets:
         self.action_model.save_assets(folder / "action_model")
@@ -319,6 +335,7 @@ def from_pretrained(
 ) -> Framework:
     """The framework that `save_pretrained` wrote. Raises `FileNotFoundError`, or `ValueError` for wrong weights."""
     folder = checkpoint_of(folder)
+    import_kept(folder)
     config = read_section(folder / "framework.json")
     dims = {name: config.pop(name) for name in ("action_dim", "state_dim")}
     adapters = config.pop("adapters", ())

@@ -210,7 +210,7 @@ def loss(
     prefix, actions = self.prefix_cache(features).repeated(r), actions.float().repeat(r, 1, 1)
     is_pad, delay = is_pad.repeat(r, 1), self.rtc_max_delay
     noise, time = flow.noise_and_time(actions, noise, time, flow.sample_time_pi0, r, delay)
-    time, is_pad = flow.clean_prefix(time, is_pad, delay, clean=0.0)
+    time, is_pad = flow.clean_prefix(time, is_pad, delay, clean=0.0, delay=features.delay)
     token = self.state_token(None if state is None else state.repeat(r, 1), len(actions))
     error = flow.flow_loss(lambda x, t: self.velocity(x, t, prefix, token)[0], actions, noise, time)
     return {"action_loss": self.mean(error, is_pad, features.action_mask)}
@@ -220,6 +220,14 @@ def loss(
 def draw_noise(self: ActionExpertHead, batch: int, generator=None, device="cpu") -> Tensor:  # [B, T, D]
     """Gaussian noise, x_1."""
     return gaussian_noise((batch, self.horizon, self.action_dim), generator, device)
+
+
+@patch
+def draw_delays(self: ActionExpertHead, is_pad: Tensor) -> Tensor | None:  # long [R·B]
+    """The delays of one pass, repeats behind each other; None without `rtc_max_delay`."""
+    if not self.rtc_max_delay:
+        return None
+    return flow.random_delays(is_pad.repeat(self.repeats, 1), self.rtc_max_delay)
 
 
 @patch

@@ -131,6 +131,8 @@ def uniform_noise(
         source = generator.device if generator is not None else device
         return torch.rand(shape, generator=generator, device=source).to(device)
     check_shape(name, given, shape, why)
+    if torch.compiler.is_exporting():  # a graph asks no values
+        return given.float()
     if not given.dtype.is_floating_point or given.min() < 0 or given.max() > 1:
         raise ValueError(
             f"{name} must be uniform numbers in [0, 1], got {given.dtype} from {float(given.min()):.3g} to "

@@ -7,7 +7,7 @@ Docs: https://vla-bench.github.io/vla_bench/models/heads/flow.html.md"""
 # %% auto #0
 __all__ = ['TIME_SCALE', 'TIME_BUCKETS', 'flow_loss', 'sample_beta', 'sample_time_gr00t', 'sample_time_n17', 'sample_time_pi0',
            'time_bucket', 'noise_and_time', 'initial_noise', 'euler_times', 'euler', 'hold_absent', 'note_attention',
-           'check_delay', 'clean_prefix', 'check_prefix', 'euler_behind', 'run_compiled']
+           'check_delay', 'random_delays', 'decided', 'clean_prefix', 'check_prefix', 'euler_behind', 'run_compiled']
 
 # %% ../../../nbs/models/heads/35_flow.ipynb #flow0002
 from collections.abc import Callable, Sequence
@@ -161,20 +161,37 @@ def check_delay(max_delay: int, horizon: int) -> None:
         )
 
 
+def random_delays(
+    is_pad: Tensor,  # bool [B, T]
+    max_delay: int,  # D
+) -> Tensor:  # long [B], 0 … D
+    """How many first actions of each sample are decided already; never all of them."""
+    delay = torch.randint(max_delay + 1, (len(is_pad),), device=is_pad.device)
+    return torch.minimum(delay, ((~is_pad).sum(1) - 1).clamp(min=0))
+
+
+def decided(
+    delay: Tensor,  # long [B]
+    horizon: int,  # T
+) -> Tensor:  # bool [B, T]
+    """Which actions are decided already."""
+    return torch.arange(horizon, device=delay.device) < delay[:, None]
+
+
 def clean_prefix(
     time: Tensor,  # [B], drawn; or [B, T], where the prefix is clean already
     is_pad: Tensor,  # bool [B, T]
     max_delay: int,  # D
     clean: float,  # the time of clean actions: 1 for GR00T, 0 for π0
+    delay: Tensor | None = None,  # long [B]; None: drawn here
 ) -> tuple[Tensor, Tensor]:  # time as it was or [B, T], and bool [B, T]: which actions do not count
-    """Gives the first actions of each sample as they are, as many as its delay."""
+    """Gives the first actions of each sample as they are, as many as its delay. Raises `ValueError` for another shape."""
     if not max_delay:
         return time, is_pad
     if time.ndim == 2:
         return time, is_pad | (time == clean)
-    delay = torch.randint(max_delay + 1, (len(time),), device=time.device)
-    delay = torch.minimum(delay, ((~is_pad).sum(1) - 1).clamp(min=0))
-    prefix = torch.arange(is_pad.shape[1], device=time.device) < delay[:, None]
+    delay = random_delays(is_pad, max_delay) if delay is None else check_shape("delay", delay, time.shape)
+    prefix = decided(delay, is_pad.shape[1])
     return torch.where(prefix, clean, time[:, None]), is_pad | prefix
 
 # %% ../../../nbs/models/heads/35_flow.ipynb #rtcf0006

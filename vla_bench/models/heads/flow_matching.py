@@ -33,6 +33,7 @@ from vla_bench.models.heads.flow import (
     initial_noise,
     noise_and_time,
     note_attention,
+    random_delays,
     run_compiled,
     sample_time_gr00t,
     sample_time_n17,
@@ -217,7 +218,7 @@ def loss(
     self.check_actions(actions, is_pad)
     actions, is_pad = actions.float().repeat(self.repeats, 1, 1), is_pad.repeat(self.repeats, 1)
     noise, time = noise_and_time(actions, noise, time, self.sample_time, self.repeats, self.rtc_max_delay)
-    time, is_pad = clean_prefix(time, is_pad, self.rtc_max_delay, clean=1.0)
+    time, is_pad = clean_prefix(time, is_pad, self.rtc_max_delay, clean=1.0, delay=features.delay)
     encoded = self.encode_context(features)
     error = flow_loss(lambda x, t: self.velocity(x, t, encoded)[0], noise, actions, time)
     return {"action_loss": self.mean(error, is_pad, features.action_mask)}
@@ -227,6 +228,12 @@ def loss(
 def draw_noise(self: DiTFlowHead, batch: int, generator=None, device="cpu") -> Tensor:  # [B, T, D]
     """Gaussian noise, x_0."""
     return gaussian_noise((batch, self.horizon, self.action_dim), generator, device)
+
+
+@patch
+def draw_delays(self: DiTFlowHead, is_pad: Tensor) -> Tensor | None:  # long [R·B]
+    """The delays of one pass, draws behind each other; None without `rtc_max_delay`."""
+    return random_delays(is_pad.repeat(self.repeats, 1), self.rtc_max_delay) if self.rtc_max_delay else None
 
 # %% ../../../nbs/models/heads/40_flow_matching.ipynb #flma0035
 @patch

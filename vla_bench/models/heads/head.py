@@ -142,6 +142,15 @@ def draw_noise(
 
 
 @patch
+def draw_delays(
+    self: ActionHead,
+    is_pad: Tensor,  # bool [B, T]
+) -> Tensor | None:  # long [R·B], for `Features.delay`; None for a head that is given no decided actions
+    """How many first actions of each draw of `loss` are decided already, and do not count."""
+    return None
+
+
+@patch
 def attention(
     self: ActionHead, features: Features, noise: Tensor | None = None
 ) -> Tensor:  # [B, L], sums to one
