@@ -166,6 +166,9 @@ def test_an_experiment_has_one_parameters_cell(path):
     assert len(tagged) == 1
     names = {t.id for node in ast.parse("".join(tagged[0]["source"])).body for t in node.targets}
     several = {"processes", "accelerate_config"}  # of a training on several processes
+    if path.stem == "live":  # asks a server, which has no configuration to change
+        assert names == {"server", "run", "dataset", "episode", "every", "requests", "seed"}
+        return
     assert names - several == {"config", "overrides", "output"} and names & several in (set(), several)
 
 
