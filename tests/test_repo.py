@@ -60,6 +60,7 @@ CROSS_CUTTING = {
     "data/test_damaged_datasets.py": "every reader of a dataset",
     "data/test_viewed_samples.py": "viewed and view: each sample, against numbers made by hand",
     "data/test_defaults.py": "every function of the data: what is left out, and what is not to be changed",
+    "training/test_real_mixture.py": "record, conversations and cotrain: both losses on a simulator's data",
     "training/test_streamed_run.py": "data, loop and imitation: a run on a stream",
     "evaluation/test_batches.py": "rollout, workers and policy: the observations of several simulators in one batch",
     "evaluation/test_failures.py": "rollout, workers and report: a simulator that raises or dies",
