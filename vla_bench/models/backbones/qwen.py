@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from .qwen_reading import is_plain, plan_of, read_prompts
 
 from .position_ids import rope_positions
 from .qwen_pixels import QwenPrepare
+from .qwen_reading import is_plain, plan_of, read_prompts
 from .tokens import next_positions
 from .vlm import VLM, next_token_loss
 from ..features import Features
@@ -82,7 +82,8 @@ class QwenVL(QwenImages):
 
     def forward(self, inputs: dict[str, Tensor], extra: Tensor | None = None, **wanted: Any) -> Features:
         """As `VLM.forward`; without gradients, and where nothing else is wanted, by `qwen_reading`."""
-        if self.residual or any(wanted.values()) or not is_plain(self, inputs):
+        own = "position_ids" in vars(self)  # somebody's instead of the family's
+        if self.residual or own or any(wanted.values()) or not is_plain(self, inputs):
             return super().forward(inputs, extra, **wanted)
         embeddings, count = self.model.get_input_embeddings()(inputs["input_ids"]), 0
         if extra is not None:
