@@ -15,8 +15,10 @@ from vla_bench.serving.client import PolicyClient, RefusedError
 from vla_bench.serving.policy import Policy
 from vla_bench.serving.real_time import (
     MAX_LATE,
+    DelayedServer,
     Prefix,
     RealTime,
+    RealTimeRunner,
     check_times,
     prefix_message,
     prefix_weights,
@@ -248,3 +250,26 @@ def test_late_chunks_are_discarded_and_five_in_a_row_are_an_error():
     assert clock.chunk.max() == 0
     with pytest.raises(TimeoutError, match="5 chunks in a row"):
         clock.add(np.ones((8, 1)))
+
+
+# A delayed server
+
+
+def seam(policy, method, delay=2, steps=4, looks=6):
+    """The largest jump between the last old action and the first new one, normalised, over a run."""
+    server = DelayedServer(
+        lambda now, prefix: policy.predict(seen(), seed=now, prefix=prefix), lambda _: delay
+    )
+    runner, jumps = RealTimeRunner(RealTime(H, delay, steps), server, method), []
+    for now in range(looks * steps):
+        old_chunk, begin = runner.clock.chunk, runner.clock.chunk_begin
+        action = runner.act(now)
+        if old_chunk is not None and runner.clock.chunk_begin != begin:
+            jumps.append(np.abs((action - old_chunk[now - begin]) / [2.0, 20.0]).max())
+    return max(jumps)
+
+
+def test_there_is_no_jump_at_the_seam_of_a_delayed_server(policy):
+    naive = seam(policy, None)
+    assert seam(policy, "trained") <= naive and seam(policy, "ramp") <= naive
+    assert seam(policy, "guided") < naive
