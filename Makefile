@@ -1,4 +1,4 @@
-# make setup | quickstart | check | test | fuzz | resume | slurm | clients | lowest | mutants | docs | lab | smoke | figures | speed | format | clean
+# make setup | quickstart | check | test | fuzz | resume | slurm | clients | libero | lowest | mutants | docs | lab | smoke | figures | speed | format | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -27,7 +27,7 @@ SAMPLE ?= 0
 SEED ?= 0
 AGAIN ?=
 
-.PHONY: setup system quickstart check test fuzz resume slurm clients lowest mutants docs smoke figures speed format lab clean
+.PHONY: setup system quickstart check test fuzz resume slurm clients libero lowest mutants docs smoke figures speed format lab clean
 setup: $(BIN)/.ready system
 
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -81,6 +81,19 @@ $(CLIENTS)/.ready: Makefile
 	$(CLIENTS)/openpi/bin/uv pip install -q --python $(CLIENTS)/openpi/bin/python openpi-client==0.1.2 typing_extensions 'numpy<2' $(CLIENT_NEEDS)
 	$(CLIENTS)/openpi/bin/uv pip install -q --python $(CLIENTS)/vla_eval/bin/python vla-eval==0.8.0 $(CLIENT_NEEDS)
 	touch $@
+
+# LIBERO beside MetaWorld: an environment that sees this one's packages, the official assets (0.2 GB, by their commit; another
+# folder by VLA_BENCH_LIBERO_ASSETS), and every test that needs them: about twenty minutes.
+LIBERO ?= $(HOME)/.cache/vla_bench/libero
+LIBERO_NEEDS := hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1 numba==0.68.1 llvmlite==0.50.0
+LIBERO_NEEDS += opencv-python-headless==5.0.0.93 easydict==1.14 future==1.0.0 termcolor==3.3.0
+export VLA_BENCH_LIBERO_ASSETS ?= $(if $(filter libero,$(MAKECMDGOALS)),$(LIBERO)/assets)
+libero: setup
+	test -x $(LIBERO)/bin/python || $(BIN)/python -m venv $(LIBERO)
+	$(BIN)/python -c 'import numpy, pathlib; print(pathlib.Path(numpy.__file__).parents[1])' > "$$(echo $(LIBERO)/lib/python*/site-packages)/dev.pth"
+	$(LIBERO)/bin/python -m pip install --disable-pip-version-check -q --no-deps $(LIBERO_NEEDS)
+	test -d "$$VLA_BENCH_LIBERO_ASSETS" || python -m vla_bench.benchmarks.libero_files --out "$$VLA_BENCH_LIBERO_ASSETS"
+	VLA_BENCH_LIBERO_STATES=$${VLA_BENCH_LIBERO_STATES:-10} $(LIBERO)/bin/python -m pytest -s tests/benchmarks/test_libero*.py
 
 # Runs that take long, whole: killed in every step of every mode, a save killed at a thousand places, twenty steps of every
 # mode beside one process, and the order of the samples of 500 drawn runs. Most of an hour.

@@ -6,11 +6,15 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import fields
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import pytest
+import yaml
+
+from vla_bench.training.run import TrainerSettings
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = r"(git|pip|uv|make|papermill|python|vla_bench|jupyter|nbdev-\w+|source)\b"
@@ -259,3 +263,17 @@ def test_the_head_of_the_readme_can_be_registered(server, tmp_path):
     (tmp_path / "mine.py").write_text(block + '\nprint(HEADS.get("Mine").__name__)\n')
     done = server({"program": [str(tmp_path / "mine.py")]})
     assert done["output"] == "MyHead\n"
+
+
+SECTIONS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", prose("README.md"), re.S)]
+
+
+@pytest.mark.parametrize("tree", SECTIONS, ids=range(len(SECTIONS)))
+def test_every_key_of_the_section_trainer_exists(tree):
+    assert {*tree.get("trainer", {})} <= {field.name for field in fields(TrainerSettings)}
+
+
+def test_the_values_of_the_section_trainer_can_be_meant(monkeypatch):
+    monkeypatch.setattr("vla_bench.training.optimizers.find_spec", lambda package: object())
+    told = [tree["trainer"] for tree in SECTIONS if "spike_guard" in tree.get("trainer", {})]
+    assert len(told) == 1 and TrainerSettings(max_train_steps=10, **told[0]).profile == {"steps": 3}

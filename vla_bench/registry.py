@@ -60,8 +60,11 @@ EXTRAS = {
     "h5py": "hdf5",
     "google_crc32c": "rlds",
     "submitit": "cluster",
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
     "papermill": "notebook",
-} | {name: name for name in ("metaworld", "deepspeed", "tensorboard", "trackio", "wandb", "zmq")}
+    "robosuite": "libero",
+    "bddl": "libero",
+} | {name: name for name in ("metaworld", "libero", "deepspeed", "tensorboard", "trackio", "wandb", "zmq")}
 
 
 def install_hint(
@@ -473,6 +476,11 @@ BENCHMARKS = Registry(
     "vla_bench.benchmarks",
     {
         "metaworld": Known("vla_bench.benchmarks.metaworld", ("MetaWorld",)),
+        "libero_spatial": Known("vla_bench.benchmarks.libero"),
+        "libero_object": Known("vla_bench.benchmarks.libero"),
+        "libero_goal": Known("vla_bench.benchmarks.libero"),
+        "libero_10": Known("vla_bench.benchmarks.libero", ("libero_long",)),
+        "libero_90": Known("vla_bench.benchmarks.libero"),
         "point": Known("vla_bench.benchmarks.point"),
     },
     Contract("vla_bench.benchmarks.benchmark.Benchmark", takes=("tasks", "cameras", "image_size")),

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from vla_bench.evaluation.anytime import BETS, anytime_interval, ever_rejects, log_e_value
+from vla_bench.evaluation.anytime import (
+    BETS,
+    anytime_interval,
+    ever_rejects,
+    log_e_value,
+    log_e_value_of_rounds,
+)
 from vla_bench.evaluation.paired import PairedCounts, mcnemar, pairs_needed, tango_interval
 
 
@@ -133,3 +139,24 @@ def test_its_price_for_fifteen_points_is_two_thirds_more_episodes():
     fixed = pairs_needed(0.15, 0.45)
     reached = np.searchsorted(ever_rejects(350, 0.30, 0.15), 0.8)
     assert reached / fixed == pytest.approx(1.65, abs=0.03)
+
+
+@pytest.mark.parametrize("rounds", [[], [3], [1, -2, 4], [0, 0, 5, -1]], ids=str)
+@pytest.mark.parametrize("size", [0, 1, 3, 10])
+def test_a_round_does_not_change_the_evidence_on_the_average_of_its_two_sides(rounds, size):
+    e = lambda *more: np.exp(log_e_value_of_rounds([*rounds, *more]))
+    assert (e(size) + e(-size)) / 2 == pytest.approx(e())
+
+
+def test_single_pairs_are_rounds_of_one():
+    course = [1, 0, 1, -1, 1, 1, 0, 1]
+    assert log_e_value_of_rounds(course) == pytest.approx(log_e_value(PairedCounts(2, 5, 1, 0)))
+
+
+def test_episodes_that_all_end_alike_are_one_toss_each_round():
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(400):
+        leads = 5 * rng.choice([1, -1], 40)
+        found += max(log_e_value_of_rounds(leads[: n + 1]) for n in range(3, 40, 3)) >= np.log(20)
+    assert found / 400 <= 0.05

@@ -95,7 +95,8 @@ def test_the_state_is_that_of_the_test_on_its_records(tmp_path):
     ]
     order = [(e.task, e.episode) for e in pair_order(["reach-red", "reach-blue"], SETTINGS)]
     signs = [int(logs[0][key]["success"]) - int(logs[1][key]["success"]) for key in order if key in logs[0]]
-    decision, test = decide(SequentialPlan(60), signs)
+    rounds = [sum(signs[i : i + 2]) for i in range(0, len(signs), 2)]  # of two tasks, with a seed in common
+    decision, test = decide(SequentialPlan(60), rounds, 2)
     assert (state["decision"], state["pairs"]) == (decision, test.pairs)
     assert state["counts"]["only_a"] == signs[: test.pairs].count(1)
     assert state["counts"]["only_b"] == signs[: test.pairs].count(-1)

@@ -92,7 +92,9 @@ def test_an_error_is_one_line_and_exit_status_two(tmp_path, capsys):
 def test_each_option_reaches_the_policy_that_is_loaded(words, asked, run, monkeypatch, capsys):
     seen, load = [], Policy.from_pretrained
     monkeypatch.setattr(
-        Policy, "from_pretrained", lambda folder, **more: seen.append((folder, more)) or load(folder)
+        Policy,
+        "from_pretrained",
+        lambda folder, **more: seen.append((folder, more)) or load(folder, batch_size=more["batch_size"]),
     )
     main(["--run", str(run), *words, *SHORT])
     assert seen == [(run / "checkpoints/step_000003", asked)] and "reach-blue" in capsys.readouterr().out
@@ -102,7 +104,7 @@ def test_what_is_not_said_loads_the_first_robot_and_shows_progress(run, monkeypa
     seen, load = [], Policy.from_pretrained
     monkeypatch.setattr(Policy, "from_pretrained", lambda folder, **more: seen.append(more) or load(folder))
     evaluate_run(run, SHORT)
-    assert seen == [{}] and "episode" in capsys.readouterr().err
+    assert seen == [{"batch_size": 1}] and "episode" in capsys.readouterr().err
 
 
 def test_a_run_has_to_be_named(capsys):

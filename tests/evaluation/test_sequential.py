@@ -152,3 +152,39 @@ def test_no_pair_beyond_the_plan():
     test.update([0])
     with pytest.raises(ValueError, match="at most 1 pairs"):
         test.update([1])
+
+
+@pytest.mark.parametrize(
+    "sums", [[1, 2, 0, 2, 1, 2, 2], [4, 4, 4, 4, 4, 4, 4], [3, 1, 0, 0, 2, 4, 1]], ids=str
+)
+def test_of_all_courses_of_rounds_as_many_reach_a_bound_as_is_booked(sums):
+    plan, reached = SequentialPlan(4 * len(sums)), 0
+    for signs in product((1, -1), repeat=len(sums)):
+        test = SequentialTest(plan)
+        reached += any(test.update([sign * size], 4)[0] for sign, size in zip(signs, sums))
+    whole = SequentialTest(plan)
+    for size in sums:
+        whole.update([size], 4)
+    assert reached / 2 ** len(sums) == pytest.approx(whole.spent[0]) and whole.spent[0] <= 0.05
+    assert whole.walk.sum() + whole.spent[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("tasks", [2, 4, 10])
+@pytest.mark.parametrize("alike", [False, True])
+def test_equal_policies_are_told_apart_in_at_most_five_per_cent_however_a_round_hangs_together(tasks, alike):
+    study = simulate(SequentialPlan(200), 0.2, 0.2, tasks=tasks, alike=alike)
+    assert (study.better != 0).mean() <= 0.05 and (study.pairs % tasks == 0).all()
+
+
+@pytest.mark.parametrize("tasks", [2, 4])
+def test_rounds_of_independent_episodes_still_save_a_quarter_at_the_same_power(tasks):
+    fixed = pairs_needed(0.15, 0.45)
+    study = simulate(SequentialPlan(200), 0.30, 0.15, tasks=tasks)
+    assert (study.better == 1).mean() >= 0.8 and study.pairs.mean() <= 0.75 * fixed
+
+
+def test_no_round_beyond_the_plan():
+    test = SequentialTest(SequentialPlan(7))
+    test.update([2], 4)
+    with pytest.raises(ValueError, match="at most 7 pairs"):
+        test.update([1], 4)

@@ -21,7 +21,7 @@ from websockets.sync.client import connect
 from vla_bench.data.layout import Layout, PolicySpec
 from vla_bench.serving.client import PolicyClient
 from vla_bench.serving.protocol import pack, read_frame
-from vla_bench.serving.server import PolicyServer, ServerSettings, serve_forever
+from vla_bench.serving.server import PolicyServer, ServerSettings, give_way, serve_forever
 
 RUN = Path(__file__).parents[1] / "fixtures" / "version_0_1" / "runs" / "llava"
 CASES = int(os.environ.get("VLA_BENCH_CASES", "20"))  # 500 in `make fuzz`
@@ -99,6 +99,7 @@ def start(target, *arguments) -> multiprocessing.Process:
 
 def serve_toy(port: int, seconds: float, batch_size: int) -> None:
     given = ServerSettings(port=port, max_connections=200)
+    give_way()
     asyncio.run(serve_forever(PolicyServer(ToyPolicy(seconds, batch_size), given)))
 
 

@@ -12,6 +12,7 @@ import pytest
 from vla_bench.__main__ import main
 from vla_bench.serving.client import PolicyClient
 from vla_bench.serving.policy import Policy
+from vla_bench.training.checkpoint import find_checkpoint, read_spec
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "nbs/serving").glob("[0-4]*.ipynb"))
@@ -42,7 +43,7 @@ def copy(run, tmp_path):
 
 def filled(command: str, run: Path, key: Path, port: int) -> list[str]:
     """The words of a command, with something for its placeholders, and a port that is free."""
-    camera = Policy.from_pretrained(run).spec.cameras[0]
+    camera = read_spec(find_checkpoint(run, "latest")).cameras[0]
     for placeholder, value in {"RUN": run, "KEY_FILE": key, "CAMERA": camera, "8000": port}.items():
         command = re.sub(rf"\b{placeholder}\b", str(value), command)
     return shlex.split(command)

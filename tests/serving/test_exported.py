@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sys
 import zipfile
 
 import numpy as np
@@ -251,3 +252,18 @@ def test_it_does_not_learn_and_shows_no_attention(exported, llava_observation):
         exported.framework.train()
     with pytest.raises(ValueError, match="no attention maps"):
         exported.attention(llava_observation)
+
+
+def test_onnx_says_what_it_needs(run, policy, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match=r"ONNX needs 'onnx': pip install \"vla_bench\[onnx\]\""):
+        write_graph(policy, find_checkpoint(run), tmp_path / "out", onnx=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_onnx_computes_the_same(run, policy, tmp_path):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    out = write_graph(policy, find_checkpoint(run), tmp_path / "out", onnx=True)
+    assert read_json(out / "graph.json")["onnx_difference"] < 1e-5
+    assert (out / "graph.onnx").stat().st_size > 1000 and load_exported(out).batch_size == 1

@@ -1,6 +1,11 @@
 """What a worker sends: the same tensors, small ones within the message."""
 
+import multiprocessing
 import pickle
+import socket
+import sys
+import time
+from multiprocessing import resource_sharer
 
 import pytest
 import torch
@@ -60,3 +65,26 @@ def test_a_tensor_that_learns_is_left_to_pytorch():
 def test_other_processes_pickle_as_before():
     assert pickle.loads(pickle.dumps(TENSORS["long"])).equal(TENSORS["long"])
     assert "vla_bench" not in str(pickle.dumps(TENSORS["long"]))
+
+
+def _left_alone(said: str, ready) -> None:
+    """A worker whose receiver goes away in the middle of the handshake for a descriptor."""
+    sys.stderr = open(said, "w", buffering=1)  # closed by the end of the process
+    if ready:
+        start_worker(0)
+    resource_sharer.DupFd(0)  # starts the thread that answers
+    with socket.socket(socket.AF_UNIX) as receiver:
+        receiver.connect(resource_sharer._resource_sharer._address)
+    time.sleep(0.3)
+    sys.excepthook(ValueError, ValueError("its own"), None)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="descriptors are handed over elsewhere")
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_receiver_that_is_killed_is_no_error_of_the_worker(tmp_path, ready):
+    child = multiprocessing.get_context("fork").Process(target=_left_alone, args=(f"{tmp_path}/said", ready))
+    child.start()
+    child.join(30)
+    said = (tmp_path / "said").read_text()
+    assert ("Traceback" not in said) == ready  # without the rule, Python's own thread would tell
+    assert said.endswith("ValueError: its own\n")

@@ -6,8 +6,8 @@ Docs: https://vla-bench.github.io/vla_bench/benchmarks/metaworld.html.md"""
 
 # %% auto #0
 __all__ = ['VERBS', 'INSTRUCTIONS', 'REGULAR', 'TASKS', 'EGL_PACKAGES', 'EGL_HINT', 'OPEN', 'CAMERAS', 'UPSIDE_DOWN',
-           'CONTROL_RATE', 'ACTION_UNITS', 'ACTION', 'STATE_UNITS', 'STATE', 'instruction_of', 'load_simulator',
-           'close_simulators', 'open_renderer', 'Simulator', 'MetaWorldEnvironment', 'check_cameras',
+           'CONTROL_RATE', 'ACTION_UNITS', 'ACTION', 'STATE_UNITS', 'STATE', 'instruction_of', 'prepare_rendering',
+           'load_simulator', 'close_simulators', 'open_renderer', 'Simulator', 'MetaWorldEnvironment', 'check_cameras',
            'installed_versions', 'MetaWorld', 'expert', 'demonstrate', 'record', 'main']
 
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #shows001
@@ -110,11 +110,8 @@ EGL_HINT = (
 )
 
 
-def load_simulator() -> tuple[Any, Any]:  # the modules metaworld and mujoco
-    """Imports MetaWorld, rendering through EGL unless `MUJOCO_GL` says otherwise.
-
-    Raises `OSError` where EGL is missing and `RegistryError` where MetaWorld is, each with the line to run.
-    """
+def prepare_rendering() -> None:
+    """Chooses EGL unless `MUJOCO_GL` says otherwise; before MuJoCo is imported. Raises `OSError` where EGL is missing."""
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     if os.environ.get("MUJOCO_GL", "").lower() == "egl":
@@ -122,6 +119,14 @@ def load_simulator() -> tuple[Any, Any]:  # the modules metaworld and mujoco
             ctypes.CDLL("libEGL.so.1")
         except OSError as error:
             raise OSError(f"libEGL.so.1 is missing: {EGL_HINT}") from error
+
+
+def load_simulator() -> tuple[Any, Any]:  # the modules metaworld and mujoco
+    """Imports MetaWorld, rendering through EGL unless `MUJOCO_GL` says otherwise.
+
+    Raises `OSError` where EGL is missing and `RegistryError` where MetaWorld is, each with the line to run.
+    """
+    prepare_rendering()
     try:
         import metaworld
         import mujoco

@@ -39,38 +39,43 @@ class SequentialTest:
     def __init__(self, plan: SequentialPlan, studies: int = 1):
         self.plan, self.pairs = plan, 0
         self.lead = np.zeros(studies, int)  # episodes that only A won, less those that only B won
-        self.discordant = np.zeros(studies, int)
+        self.discordant = np.zeros(studies, int)  # pairs; of rounds the squares of what they are worth
         self.bound = np.ones(studies, int)  # the least lead that decides, after the last pair
         self.spent = np.zeros(studies)  # probability, of two equal policies, to have been told apart so far
         self.walk = np.ones((studies, 1))  # probability of each |lead|, of two equal policies not told apart
 
 # %% ../../nbs/evaluation/04_sequential.ipynb #deab8ad7
 def fair_step(
-    walk: np.ndarray,  # [studies, leads], the last column still empty
+    walk: np.ndarray,  # [studies, leads], as many columns at the end still empty as the step is large
+    size: int = 1,  # of the step, up or down
 ) -> np.ndarray:  # the same shape
     """The distribution of |lead| after one more toss of a fair coin."""
     after = np.zeros_like(walk)
-    after[:, 1:] = walk[:, :-1] / 2
-    after[:, 1] += walk[:, 0] / 2
-    after[:, :-1] += walk[:, 1:] / 2
+    after[:, size:] = walk[:, :-size] / 2
+    after[:, :-size] += walk[:, size:] / 2
+    for lead in range(size):  # down from here leads to the other side
+        after[:, size - lead] += walk[:, lead] / 2
     return after
 
-# %% ../../nbs/evaluation/04_sequential.ipynb #54d1cdeb
+# %% ../../nbs/evaluation/04_sequential.ipynb #rnd00002
 @patch
 def update(
     self: SequentialTest,
     outcomes: np.ndarray,  # int [studies]: 1 where only A succeeds, -1 where only B does, 0 where they agree
+    pairs: int = 1,  # that each outcome is the sum of: those of one round
 ) -> np.ndarray:  # int [studies]: 1 where A is better, -1 where B is, 0 where that is open
-    """One more pair of each study. Raises `ValueError` beyond the plan."""
-    if self.pairs == self.plan.max_pairs:
+    """One more pair, or round, of each study. Raises `ValueError` beyond the plan."""
+    if self.pairs + pairs > self.plan.max_pairs:
         raise ValueError(
             f"the plan declares at most {self.plan.max_pairs} pairs; one more would not be in it"
         )
     outcomes = np.asarray(outcomes, int)
-    self.pairs, self.lead = self.pairs + 1, self.lead + outcomes
-    self.discordant = self.discordant + (outcomes != 0)
-    self.walk = np.pad(self.walk, ((0, 0), (0, 1)))
-    self.walk[outcomes != 0] = fair_step(self.walk[outcomes != 0])
+    self.pairs, self.lead = self.pairs + pairs, self.lead + outcomes
+    self.discordant = self.discordant + outcomes**2
+    sizes = np.abs(outcomes)
+    self.walk = np.pad(self.walk, ((0, 0), (0, max(1, sizes.max(initial=1)))))
+    for size in np.unique(sizes[sizes > 0]):
+        self.walk[sizes == size] = fair_step(self.walk[sizes == size], int(size))
     self._spend(self.plan.alpha * self.pairs / self.plan.max_pairs)
     return np.where(np.abs(self.lead) >= self.bound, np.sign(self.lead), 0)
 
@@ -127,12 +132,13 @@ DECISIONS = {
 
 def decide(
     plan: SequentialPlan,
-    outcomes: Iterable[int],  # of one study, in the order of play: 1, 0 or -1
+    outcomes: Iterable[int],  # of one study, in the order of play: 1, 0 or -1, or their sums over rounds
+    pairs: int = 1,  # of a round
 ) -> tuple[str, SequentialTest]:  # a key of `DECISIONS`, and the test at that moment
     """The first decision of a course of pairs; what comes behind it is not looked at."""
     test = SequentialTest(plan)
     for outcome in outcomes:
-        if (better := test.update([outcome])[0]) != 0:
+        if (better := test.update([outcome], pairs)[0]) != 0:
             return ("a" if better > 0 else "b"), test
         if test.pairs == plan.max_pairs:
             return "no difference", test
@@ -155,16 +161,21 @@ def simulate(
     only_b: float,
     studies: int = 10_000,
     seed: int = 0,
+    *,
+    tasks: int = 1,  # of a round; a plan has whole rounds
+    alike: bool = False,  # the episodes of a round all end alike
 ) -> Simulated:
     """Plays whole studies, each to its own end."""
-    draws = np.random.default_rng(seed).random((studies, plan.max_pairs))
+    rounds = plan.max_pairs // tasks
+    draws = np.random.default_rng(seed).random((studies, rounds, 1 if alike else tasks))
     outcomes = (draws < only_a).astype(int) - ((draws >= only_a) & (draws < only_a + only_b))
+    outcomes = outcomes.sum(2) * (tasks if alike else 1)
     test, still = SequentialTest(plan, studies), np.arange(studies)
     better, pairs = np.zeros(studies, int), np.full(studies, plan.max_pairs)
-    for t in range(plan.max_pairs):
-        found = test.update(outcomes[still, t])
+    for t in range(rounds):
+        found = test.update(outcomes[still, t], tasks)
         ends = (found != 0) | test.hopeless()
-        better[still], pairs[still[ends]] = found, t + 1
+        better[still], pairs[still[ends]] = found, test.pairs
         test.keep(~ends)
         still = still[~ends]
     return Simulated(better, pairs)

@@ -49,6 +49,7 @@ from ..models.frameworks.gr00t import CameraPixels
 from ..models.frameworks.prepare import Prepare
 from ..registry import FRAMEWORKS
 from .graph import FixedInputs, GraphError, export_graph, fixed_inputs, graph_tensors
+from .onnx_graph import run_onnx, write_onnx
 from .policy import Policy, load_normalizers, sample_from
 from ..timing import timed_part
 from ..training.checkpoint import find_checkpoint, read_spec
@@ -340,6 +341,15 @@ def write_program(policy: Policy, folder: Path, spare: int) -> dict[str, Any]:  
     }
 
 
+def _onnx_difference(policy: Policy, folder: Path, graph: GraphFramework) -> float:
+    """Writes `graph.onnx`; how far its chunk is from the graph's."""
+    samples = _trial_batch(policy, trial_observations(policy.spec)[1], graph.prepare.fixed.length)
+    noise = graph.action_model.draw_noise(len(samples), torch.Generator().manual_seed(1))
+    tensors = graph.prepare(samples) | ({} if noise is None else {"noise": noise})
+    chunk = graph.predict_action(samples, noise=noise)["normalized_actions"]
+    return float(np.abs(run_onnx(write_onnx(folder, sorted(tensors)), tensors) - chunk).max())
+
+
 def write_graph(
     policy: Policy,
     checkpoint: Path,  # that it was loaded from, for its statistics and the run's configuration
@@ -347,17 +357,22 @@ def write_graph(
     *,
     spare_tokens: int = 48,  # of instructions longer than "do nothing"
     tolerance: float = 1e-6,  # of the normalised chunk
+    onnx: bool = False,  # `graph.onnx` too
 ) -> Path:  # out
     """Raises `GraphError` for a policy that is no graph, or whose graph computes something else; `FileExistsError`."""
     with write_whole_folder(out) as folder:
         content = write_program(policy, folder, spare_tokens)
-        found = _largest_difference(policy, load_graph(folder, content))
+        graph = load_graph(folder, content)
+        found = _largest_difference(policy, graph)
         if not found <= tolerance:
             raise GraphError(
                 f"the graph of {content['network']} differs from the policy by {found:.2g}, more than {tolerance:g}; "
                 "weights in half precision need a larger --tolerance"
             )
-        write_json(folder / "graph.json", {**content, "largest_difference": found})
+        differences = {"largest_difference": found}
+        if onnx:
+            differences["onnx_difference"] = _onnx_difference(policy, folder, graph)
+        write_json(folder / "graph.json", {**content, **differences})
         homes = (checkpoint, checkpoint.parent.parent)
         statistics = next(home for home in homes if (home / "dataset_statistics.json").is_file())
         shutil.copy(statistics / "dataset_statistics.json", folder)
@@ -451,12 +466,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     told = "of prompts longer than that of 'do nothing'"
     parser.add_argument("--spare_tokens", type=int, default=48, help=told)
     parser.add_argument("--tolerance", type=float, default=1e-6, help="of a normalised action")
+    parser.add_argument("--onnx", action="store_true", help="write graph.onnx too")
     options = parser.parse_args(argv)
     with cli_errors():
         checkpoint = find_checkpoint(options.run, options.checkpoint)
         how = {name: vars(options)[name] for name in ("dataset", "head", "device", "batch_size")}
         policy = Policy.from_pretrained(checkpoint, **how)
-        given = {"spare_tokens": options.spare_tokens, "tolerance": options.tolerance}
+        given = {"spare_tokens": options.spare_tokens, "tolerance": options.tolerance, "onnx": options.onnx}
         out = write_graph(policy, checkpoint, options.out, **given)
         content = read_json(out / "graph.json")
         print(f"{out}: {content['network']}, {content['largest_difference']:.1e} from the policy")

@@ -8,7 +8,7 @@ import transformers
 from PIL import Image
 
 from vla_bench.models.backbones.processor import load_processor
-from vla_bench.models.backbones.qwen_pixels import Qwen2VLImageProcessorPil, QwenPrepare
+from vla_bench.models.backbones.qwen_pixels import KEPT, Qwen2VLImageProcessorPil, QwenPrepare
 from vla_bench.models.backbones.vlm import VLMPrepare
 
 KINDS = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
@@ -53,6 +53,61 @@ def test_a_batch_is_the_hubs(home, kind):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert found[name].equal(value) and found[name].dtype == value.dtype, name
+
+
+def same(found, expected):
+    """Whether two batches are equal, bit for bit."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].equal(value) and found[name].dtype == value.dtype, name
+
+
+@every_kind
+@pytest.mark.parametrize("rows, cameras", [(1, 1), (1, 2), (3, 1)])
+def test_a_prompt_that_is_known_gives_the_hubs_batch(home, kind, rows, cameras, monkeypatch):
+    ours, hub = QwenPrepare(load_processor(home / kind)), VLMPrepare(load_processor(home / kind))
+    batches = [[[image] * cameras for image in pictures(seed)[:1] * rows] for seed in range(2)]
+    texts, resized = (
+        ["open the drawer"] * rows,
+        [[[i.resize((90, 70)) for i in r] for r in b] for b in batches],
+    )
+    first, second = resized
+    same(ours(first, texts), hub(first, texts))
+    asked = []
+    tokenize = type(ours.processor).__call__
+    monkeypatch.setattr(
+        type(ours.processor), "__call__", lambda self, **o: asked.append(self) or tokenize(self, **o)
+    )
+    found = ours(second, texts)
+    assert not asked  # else it was not known
+    same(found, hub(second, texts))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda prepare: prepare.processor.tokenizer.add_tokens(["drawer"]),
+        lambda prepare: setattr(prepare.processor.tokenizer, "padding_side", "right"),
+        lambda prepare: setattr(prepare.processor, "chat_template", "{{ messages[0].role }}<|image_pad|>"),
+        lambda prepare: setattr(prepare.processor.image_processor, "patch_size", 8),
+        lambda prepare: setattr(prepare.processor.image_processor, "image_mean", (0.1, 0.2, 0.3)),
+    ],
+    ids=["a new token", "padding", "the template", "the size of a patch", "the mean"],
+)
+def test_what_is_known_is_forgotten_where_it_would_be_another(home, change):
+    ours, hub = QwenPrepare(load_processor(home / KINDS[0])), VLMPrepare(load_processor(home / KINDS[0]))
+    images = [[image.resize((64, 64))] for image in pictures(1)[:2]]
+    ours(images[:1], ["open the drawer"])
+    change(ours)
+    change(hub)
+    same(ours(images[1:], ["open the drawer"]), hub(images[1:], ["open the drawer"]))
+
+
+def test_no_more_prompts_are_kept_than_this(home):
+    prepare = QwenPrepare(load_processor(home / KINDS[0]))
+    for number in range(300):
+        prepare.prompt(f"go {number}", 1)
+    assert len(prepare.prompts) <= KEPT
 
 
 @every_kind

@@ -4,10 +4,16 @@ import numpy as np
 import pytest
 import torch
 
+from vla_bench.models.backbones.tiny_composed import write_tiny_component
 from vla_bench.models.frameworks.build import build_framework, has_several
 from vla_bench.models.frameworks.framework import Framework
+from vla_bench.models.frameworks.oft import query_prompt
 from vla_bench.models.frameworks.several import SeveralHeads, of_prompt, sees_behind, solo_sections, use_head
+from vla_bench.models.heads.flow_inference import FlowMatchingInferenceHead
+from vla_bench.models.heads.flow_matching import FlowMatchingHead
 from vla_bench.registry import RegistryError
+
+QUERY = "Q"  # one token, and in none of the instructions
 
 FLOW = {
     "hidden_size": 32,
@@ -231,12 +237,28 @@ def test_the_prompt_of_a_longer_pass_is_the_prompt(toy):
             {"weights": {"oft": True, "gr00t": 1}},
             "action_model.oft.weight must be a finite number",
         ),
-        (("oft", "gr00t"), {"inference_model": {"action_model": {"type": "MLP"}}}, "is of a single head"),
         (
             ("oft", "gr00t"),
-            {"query_token": "x"},
-            "framework.action_model.gr00t: framework 'GR00T' takes no argument",
+            {"inference_model": {"action_model": {"type": "MLP"}}},
+            "framework.inference_model.action_model names the heads that differ, 'type' is none of them",
         ),
+        (
+            ("oft", "gr00t"),
+            {"inference_model": {"action_model": {"gr00": {"type": "FlowMatchingInference"}}}},
+            "'gr00' is none of them; did you mean 'gr00t'",
+        ),
+        (
+            ("oft", "gr00t"),
+            {"inference_model": {"action_model": {"gr00t": {"type": "FlowMatching", "num_layers": 1}}}},
+            "must have the weights of the head that is trained",
+        ),
+        (
+            ("oft", "gr00t"),
+            {"query_tokn": "x"},
+            r"no head's framework \(OFT, GR00T\) takes framework.query_tokn; did you mean 'query_token'",
+        ),
+        (("pi", "pi0"), {"query_token": "x"}, r"no head's framework \(PI, PI0\) takes framework.query_token"),
+        (("oft", "pi"), {"vision_backbone": {}}, r"no head's framework \(OFT, PI\) takes framework.vision_"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(toy, names, changes, message):
@@ -255,3 +277,69 @@ def test_the_arguments_of_one_head_are_not_several_heads():
     assert not any(
         map(has_several, (None, {}, {"type": "MLP"}, {"settings": {"x": 1}}, {"type": "MLP", "a": {}}))
     )
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> dict:
+    """Keys of OFT and of GR00T: queries that stand in the prompt, as does the state, and a vision encoder."""
+    folder = tmp_path_factory.mktemp("own") / "dinov2"
+    write_tiny_component("dinov2", folder, image_size=32)
+    prompt = query_prompt(QUERY, 2, "{lang} {state}")
+    return {
+        "query_token": QUERY,
+        "prompt": prompt,
+        "vision_backbone": {"type": "DINOv2", "path": str(folder)},
+    }
+
+
+def test_arguments_of_their_frameworks_reach_the_heads_that_have_them(toy, own):
+    """The loss, and the gradient of what is the framework's own, are those of the head alone."""
+    names = ("oft", "gr00t", "pi")
+    both = section(toy, *names, **own)
+    together = made(toy, both)
+    batch, given = together.prepare(toy.examples), drawn(toy, together, names)
+    assert "pixels" in batch and together.parts.oft.in_prompt
+    found = together(batch, **given)
+    found["action_loss"].backward()
+    for name, solo in solo_sections(both).items():
+        alone = made(toy, solo)
+        loss = alone(alone.prepare(toy.examples), **{k: v[name] for k, v in given.items()})["action_loss"]
+        assert found[f"{name}/action_loss"].item() == pytest.approx(loss.item(), rel=1e-6, abs=1e-6)
+        loss.backward()
+        for key, weight in alone.named_parameters():
+            if not key.startswith(("vlm.", "action_model.")):
+                ours = together.get_parameter(f"parts.{name}.{key}").grad
+                torch.testing.assert_close(ours, weight.grad, atol=1e-6, rtol=1e-4)
+    assert together.get_parameter("parts.gr00t.vision_projection.weight").grad.any()
+
+
+def test_arguments_of_their_frameworks_come_back_from_a_checkpoint(toy, own, tmp_path):
+    model = made(toy, section(toy, "gr00t", "oft", **own)).eval()
+    model.save_pretrained(tmp_path)
+    again = Framework.from_pretrained(tmp_path)
+    assert "path" not in again.config["vision_backbone"] and again.config["query_token"] == QUERY
+    np.testing.assert_array_equal(*(toy.predict(each, toy.examples) for each in (model, again)))
+
+
+def test_the_vision_encoder_of_a_head_belongs_to_the_vision_backbone(toy, own):
+    model = made(toy, section(toy, "oft", "gr00t", freeze_vision_backbone=True, **own))
+    assert not any(p.requires_grad for p in model.parts.gr00t.vision_encoder.parameters())
+    assert all(p.requires_grad for p in model.parts.gr00t.vision_projection.parameters())
+    weights = model.component("vision_backbone")
+    assert len(weights) == len({id(p) for p in weights})
+
+
+def test_another_head_acts_when_the_policy_is_used(toy, tmp_path):
+    """One of the two is replaced; it samples what the trained one does, and the other stays what it was."""
+    swapped = {"inference_model": {"action_model": {"gr00t": {"type": "FlowMatchingInference"}}}}
+    model = made(toy, section(toy, "gr00t", "oft", **swapped)).eval()
+    assert type(model.action_model.gr00t) is FlowMatchingHead
+    model.save_pretrained(tmp_path)
+    plain, used = (Framework.from_pretrained(tmp_path, inference=each) for each in (False, True))
+    assert type(plain.action_model.gr00t) is FlowMatchingHead
+    assert type(used.action_model.gr00t) is FlowMatchingInferenceHead
+    assert type(used.action_model.oft) is type(plain.action_model.oft)
+    ours, theirs = (toy.predict(each, toy.examples) for each in (used, plain))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    alone = {name: solo["inference_model"] for name, solo in solo_sections(model.config).items()}
+    assert alone == {"gr00t": {"action_model": {"type": "FlowMatchingInference"}}, "oft": {}}

@@ -18,10 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from .qwen_reading import is_plain, plan_of, read_prompts
 
 from .position_ids import rope_positions
 from .qwen_pixels import QwenPrepare
+from .tokens import next_positions
 from .vlm import VLM, next_token_loss
+from ..features import Features
 from ...registry import BACKBONES
 
 # %% ../../../nbs/models/backbones/20_qwen.ipynb #a2053c6b
@@ -76,6 +79,25 @@ class QwenVL(QwenImages):
                 "a head whose actions are tokens reads the final norm: set framework.vlm.hidden_states: final"
             )
         super().for_tokens()
+
+    def forward(self, inputs: dict[str, Tensor], extra: Tensor | None = None, **wanted: Any) -> Features:
+        """As `VLM.forward`; without gradients, and where nothing else is wanted, by `qwen_reading`."""
+        if self.residual or any(wanted.values()) or not is_plain(self, inputs):
+            return super().forward(inputs, extra, **wanted)
+        embeddings, count = self.model.get_input_embeddings()(inputs["input_ids"]), 0
+        if extra is not None:
+            count = extra.shape[1]
+            embeddings = torch.cat([embeddings, extra.to(embeddings.dtype)], dim=1)
+        plan = plan_of(self, inputs, embeddings, lambda: self.places(inputs, count))
+        hidden = read_prompts(self, inputs, embeddings, plan)
+        return Features(hidden=hidden.float(), mask=plan.mask.clone(), num_extra=count)
+
+    def places(self, inputs: dict[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
+        """The mask [B, L + K] and the positions [3, B, L + K] of prompts and the tokens behind them."""
+        mask, positions = self.visible(inputs), self.position_ids(inputs)
+        behind = next_positions(positions, inputs["attention_mask"], count)
+        mask = torch.cat([mask, mask.new_ones(len(mask), count)], dim=1)
+        return mask, torch.cat([positions, behind], dim=-1)
 
     def run(
         self, embeddings: Tensor, mask: Tensor, positions: Tensor, inputs: dict[str, Tensor], **wanted: Any

@@ -458,5 +458,9 @@ def from_folder(
     elif (folder / "action_model").is_dir():
         section["action_model"] = {**section["action_model"], "tokenizer": str(folder / "action_model")}
     if inference and (other := section.get("inference_model")):
-        section |= {key: {**section[key], **part} for key, part in other.items()}
+        several = has_several(section["action_model"])
+        for key, part in other.items():
+            if several and key == "action_model":
+                part = {name: {**section[key][name], **changed} for name, changed in part.items()}
+            section[key] = {**section[key], **part}
     return section

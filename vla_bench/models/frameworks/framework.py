@@ -54,6 +54,7 @@ class Framework(nn.Module):
     """A policy in normalised terms. Subclasses are in the registry `FRAMEWORKS`."""
 
     reads = "last"  # what `features` provides, see `ActionHead.reads`
+    in_prompt = False  # whether queries or tokens of the head stand in the prompt, and not behind it
     default_head = "FlowMatching"
     head_defaults: Mapping[str, Any] = {}  # arguments of the default head that the framework needs
     prompt = "{lang}"  # template of the prompt; may hold {state}, as numbers -1 … 255
@@ -78,6 +79,10 @@ class Framework(nn.Module):
     def features(self, batch: dict[str, Any]) -> Features:
         """Runs the backbone as the head wants it."""
         raise NotImplementedError
+
+    def with_own(self, features: Features, batch: dict[str, Any]) -> Features:
+        """The features of the prompt with what this framework puts beside them; here nothing."""
+        return features
 
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #a8519d17
 def rename_old_parameters(framework: Framework, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:

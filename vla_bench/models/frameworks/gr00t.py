@@ -88,6 +88,10 @@ class GR00T(Framework):
         features = self.vlm(batch["inputs"])
         if self.action_model.separates_images:
             features = mark_images(features, self.vlm.image_token_mask(batch["inputs"]))
+        return self.with_own(features, batch)
+
+    def with_own(self, features: Features, batch: dict[str, Any]) -> Features:
+        """The features of the prompt, with System 1's own patches in front of them."""
         if self.vision_encoder is None:
             return features
         patches, seen = self.patches(batch, features.mask)

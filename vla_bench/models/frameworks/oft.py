@@ -86,7 +86,7 @@ class OFT(Framework):
                 raise ValueError(
                     "with query_token the state is part of the prompt: write {state} in framework.prompt"
                 )
-            self.query_id = token_id(vlm, query_token)
+            self.query_id, self.in_prompt = token_id(vlm, query_token), True
             return
         # the scale at which language models initialise their own embeddings
         self.queries = nn.Parameter(0.02 * torch.randn(head.num_queries, vlm.hidden_size))
@@ -96,7 +96,11 @@ class OFT(Framework):
         """Hidden states with the queries as the last K tokens."""
         if self.query_id is None:
             return self.vlm(batch["inputs"], self.extra_tokens(batch))
-        return self.features_at_query_tokens(batch)
+        return self.with_own(self.vlm(batch["inputs"]), batch)
+
+    def with_own(self, features: Features, batch: dict[str, Any]) -> Features:
+        """The prompt's hidden states, with those at its query tokens repeated behind them."""
+        return features if self.query_id is None else self.at_query_tokens(features, batch)
 
 # %% ../../../nbs/models/frameworks/10_oft.ipynb #593acd63
 @patch
@@ -117,9 +121,9 @@ def positions(self: OFT, batch: dict[str, Any]) -> Tensor:  # long [B, K]
 
 
 @patch
-def features_at_query_tokens(self: OFT, batch: dict[str, Any]) -> Features:
+def at_query_tokens(self: OFT, read: Features, batch: dict[str, Any]) -> Features:
     """Hidden states of the prompt, with those at the query tokens repeated behind them."""
-    positions, read = self.positions(batch), self.vlm(batch["inputs"])
+    positions = self.positions(batch)
     queries = read.hidden.gather(1, positions[..., None].expand(-1, -1, read.hidden.shape[-1]))
     mask = torch.cat([read.mask, read.mask.gather(1, positions)], dim=1)
     return Features(torch.cat([read.hidden, queries], dim=1), mask, num_extra=positions.shape[1])
