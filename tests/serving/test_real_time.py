@@ -269,7 +269,6 @@ def seam(policy, method, delay=2, steps=4, looks=6):
     return max(jumps)
 
 
-def test_there_is_no_jump_at_the_seam_of_a_delayed_server(policy):
+def test_the_seam_of_a_delayed_server_is_smaller_than_without_a_prefix(policy):
     naive = seam(policy, None)
-    assert seam(policy, "trained") <= naive and seam(policy, "ramp") <= naive
-    assert seam(policy, "guided") < naive
+    assert seam(policy, "ramp") < 0.75 * naive and seam(policy, "guided") < 0.3 * naive
