@@ -15,8 +15,10 @@ from vla_bench.serving.client import PolicyClient, RefusedError
 from vla_bench.serving.policy import Policy
 from vla_bench.serving.real_time import (
     MAX_LATE,
+    DelayedServer,
     Prefix,
     RealTime,
+    RealTimeRunner,
     check_times,
     prefix_message,
     prefix_weights,
@@ -248,3 +250,25 @@ def test_late_chunks_are_discarded_and_five_in_a_row_are_an_error():
     assert clock.chunk.max() == 0
     with pytest.raises(TimeoutError, match="5 chunks in a row"):
         clock.add(np.ones((8, 1)))
+
+
+# A delayed server
+
+
+def seam(policy, method, delay=2, steps=4, looks=6):
+    """The largest jump between the last old action and the first new one, normalised, over a run."""
+    server = DelayedServer(
+        lambda now, prefix: policy.predict(seen(), seed=now, prefix=prefix), lambda _: delay
+    )
+    runner, jumps = RealTimeRunner(RealTime(H, delay, steps), server, method), []
+    for now in range(looks * steps):
+        old_chunk, begin = runner.clock.chunk, runner.clock.chunk_begin
+        action = runner.act(now)
+        if old_chunk is not None and runner.clock.chunk_begin != begin:
+            jumps.append(np.abs((action - old_chunk[now - begin]) / [2.0, 20.0]).max())
+    return max(jumps)
+
+
+def test_the_seam_of_a_delayed_server_is_smaller_than_without_a_prefix(policy):
+    naive = seam(policy, None)
+    assert seam(policy, "ramp") < 0.75 * naive and seam(policy, "guided") < 0.3 * naive

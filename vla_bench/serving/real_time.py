@@ -6,10 +6,10 @@ Docs: https://vla-bench.github.io/vla_bench/serving/real_time.html.md"""
 
 # %% auto #0
 __all__ = ['SLOPES', 'METHODS', 'MAX_LATE', 'check_times', 'prefix_weights', 'Prefix', 'check_prefix', 'prefix_message',
-           'prefix_from', 'RealTime', 'carried']
+           'prefix_from', 'RealTime', 'carried', 'DelayedServer', 'RealTimeRunner']
 
 # %% ../../nbs/serving/52_real_time.ipynb #a9c7f129
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -203,3 +203,51 @@ def take(self: RealTime) -> np.ndarray:  # [D]
         raise IndexError("no chunk reaches this control step")
     self.now += 1
     return self.chunk[at]
+
+# %% ../../nbs/serving/52_real_time.ipynb #rtrun002
+class DelayedServer:
+    """A policy whose answers come later; time is counted in control steps."""
+
+    def __init__(self, predict: Callable[[Any, Prefix | None], np.ndarray], delay: Callable[[int], int]):
+        self.predict, self.delay = predict, delay  # delay: of the look number 0, 1, …
+        self.looks, self.waiting = 0, None
+
+    def ask(self, now: int, observation: Any, prefix: Prefix | None, wait: bool = False) -> None:
+        """A question; with `wait` the robot stands still until it is answered."""
+        ready = now + (0 if wait else self.delay(self.looks))
+        self.waiting, self.looks = (ready, self.predict(observation, prefix)), self.looks + 1
+
+    def answer(self, now: int) -> np.ndarray | None:  # [H, D]
+        """The chunk that was asked for, once."""
+        if self.waiting is None or now < self.waiting[0]:
+            return None
+        chunk, self.waiting = self.waiting[1], None
+        return chunk
+
+
+class RealTimeRunner:
+    """An observation in, an action out, at every control step, while the next chunk is computed."""
+
+    def __init__(self, clock: RealTime, server: DelayedServer, method: str | None = None, slope: str = "exp"):
+        self.clock, self.server = clock, server
+        self.method, self.slope = (
+            method,
+            slope,
+        )  # method: see `METHODS`; None: chunks know nothing of each other
+
+    def act(self, observation: Any) -> np.ndarray:  # [D]
+        """The action for now. Raises as `RealTime` does."""
+        clock = self.clock
+        self._receive()  # before it looks: after a chunk that came too late it looks again at once
+        if clock.wants_chunk():
+            first = clock.chunk is None
+            prefix = clock.prefix(self.method, self.slope) if self.method else None
+            if not self.method:
+                clock.begin()
+            self.server.ask(clock.now, observation, prefix, wait=first)
+            self._receive()
+        return clock.take()
+
+    def _receive(self) -> None:
+        if (chunk := self.server.answer(self.clock.now)) is not None:
+            self.clock.add(chunk)
