@@ -111,7 +111,7 @@ def test_a_replay_through_server_and_client_succeeds_again(demonstrations, tmp_p
     with serve_in_thread(ReplayPolicy(spec_of(benchmark), episodes)) as server:
         with PolicyClient(server.url, images="png") as client:
             summary = evaluate(client, benchmark, settings, tmp_path / "out", show_progress=False)
-    again = sum(task["successes"] for task in summary["tasks"].values())
+    again = summary["successes"]
     print(f"{again} of {len(good)} succeeded again")
     assert again >= 0.95 * len(good)
 
