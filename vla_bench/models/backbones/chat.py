@@ -38,7 +38,7 @@ def load_prepare(
 
 def uses_chat_template(prepare: VLMPrepare) -> bool:
     """Whether a backbone renders prompts by a chat template, and not by a prompt of its own."""
-    return type(prepare).prompt is VLMPrepare.prompt
+    return prepare.keeps_template or type(prepare).prompt is VLMPrepare.prompt
 
 # %% ../../../nbs/models/backbones/17_chat.ipynb #390aecb5
 def text_message(role: str, text: str) -> dict[str, Any]:

@@ -133,6 +133,8 @@ def table_pixels(
 class QwenPrepare(VLMPrepare):
     """As `VLMPrepare`, with pixels from a table, and the tokens of the latest prompts."""
 
+    keeps_template = True
+
     def __init__(self, processor: ProcessorMixin):
         super().__init__(processor)
         if type(processor.image_processor) is HubProcessor:

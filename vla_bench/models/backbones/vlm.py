@@ -63,6 +63,7 @@ class VLMPrepare:
     """Images and instructions to tensors: pure CPU, deterministic, holds no weights, can be pickled."""
 
     newline = False  # whether a newline closes the prompt, where a family has that choice (PaliGemma)
+    keeps_template = False  # whether a subclass with a `prompt` of its own still renders the chat template
 
     def __init__(self, processor: ProcessorMixin):
         self.processor = processor
