@@ -28,7 +28,7 @@ def served(toy):
         yield client, message_from(observation(), ToyPolicy.spec)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_actions_are_the_policys_own(run, llava_observation, batch_size):
     policy = Policy.from_pretrained(run, batch_size=batch_size)
     message = message_from(llava_observation, policy.spec)

@@ -38,7 +38,7 @@ def healthz_ms(url: str) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("images", [None, "png"])
 def test_a_served_policy_answers_what_it_answers_itself(run, llava_observation, batch_size, images):
     policy = Policy.from_pretrained(run, batch_size=batch_size)

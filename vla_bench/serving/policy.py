@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..config import cli_errors, require_whole
+from ..config import cli_errors, require, require_whole
 from ..data.layout import PolicySpec, spec_from_dict, spec_to_dict
 from ..data.normalize import Normalizer, load_statistics, statistics_hash
 from ..data.sample import Sample, check_sample
@@ -152,6 +152,8 @@ class Policy:
         if ours != theirs:
             raise ValueError(f"policy.json says (action, state, horizon) = {ours}, the weights have {theirs}")
         require_whole("batch_size", batch_size, 1)
+        # vector instructions end in the last row of an odd batch, whose last bits then depend on who else is in it
+        require(batch_size == 1 or batch_size % 2 == 0, "batch_size", "1 or an even number", batch_size)
         self.framework, self.spec, self.normalizers = framework.eval(), spec, dict(normalizers)
         self.view = spec_view(spec, self.normalizers)
         self.batch_size = batch_size

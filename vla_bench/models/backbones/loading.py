@@ -93,7 +93,7 @@ def template_file(folder: Path) -> Path | None:
 
 def check_template(vlm: VLM, folder: Path) -> None:
     """Raises `FolderError`, with the file to copy, for a chat template that is missing, or that makes no prompt."""
-    if type(vlm.prepare).prompt is not VLMPrepare.prompt:
+    if not vlm.prepare.keeps_template and type(vlm.prepare).prompt is not VLMPrepare.prompt:
         return  # a prompt of its own, without a template
     file = template_file(folder)
     if file is None:

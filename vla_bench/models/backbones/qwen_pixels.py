@@ -142,6 +142,10 @@ class QwenPrepare(VLMPrepare):
         self.prompts: dict[tuple, str] = {}
         self.tokens: dict[tuple, dict[str, Tensor]] = {}  # all that the images do not change
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker, or a copy, gets: nothing of what is remembered here."""
+        return {**vars(self), "prompts": {}, "tokens": {}}
+
     def prompt(self, text: str, num_images: int) -> str:
         """The text that the processor gets for one sample: the chat template, images first."""
         key = (text, num_images, self.processor.chat_template)
@@ -172,6 +176,7 @@ def key(
     """Equal for batches whose tokens are equal; empty where the processor has to be asked."""
     ours, tokenizer = self.processor.image_processor, self.processor.tokenizer
     plain = type(ours) is Qwen2VLImageProcessorPil and isinstance(ours.size, SizeDict)
+    plain &= isinstance(self.processor, ProcessorMixin)  # one that is wrapped wants to be asked
     if not plain or len(set(prompts)) > 1 or not flat or any(image.mode != "RGB" for image in flat):
         return ()
     sizes = tuple(image.size for image in flat)
