@@ -218,6 +218,12 @@ def test_a_package_imports_only_from_packages_to_its_left(path):
         assert name.split(".")[1] in allowed, f"{path.name}:{line} imports {name}, a package to its right"
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_module_does_not_hide_one_of_pythons(path):
+    """A program that is run as a file finds its neighbours before Python's own modules."""
+    assert path.stem not in sys.stdlib_module_names - {"statistics"}  # which nothing imports before ours is complete
+
+
 def test_there_is_no_import_circle():
     """Imports inside functions count: they are how a circle is usually hidden. A program is `__main__`, in no circle."""
     graph = {module_name(path): set(imports(path, as_program=False)) for path in MODULES}

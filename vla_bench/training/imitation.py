@@ -42,7 +42,7 @@ from .ema import on_average
 from .guard import Spike, torch_rng, write_offending
 from .loop import EvaluationView, MetricsLog, action_error_sums, error_row, make_loader
 from .optim import parts_text
-from .profile import profiled
+from .profiler import profiled
 from .run import Run, finish, save, set_up
 from .stopping import STATUS, agreed, interruptible, stop_requests
 from .trackers import close_trackers, open_trackers

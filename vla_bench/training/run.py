@@ -77,6 +77,7 @@ from .memory import keep_freed_memory
 from .optim import flat_learning_rates, freeze_modules, parameter_groups, parts_table
 from .optimizers import BETAS, build_optimizer, check_optimizer
 from .pretrained import load_pretrained, module_paths
+from .profiler import StepProfiler, step_profiler
 from .resume import Split, check_samples, elsewhere_text, fresh_generators, samples_per_step
 from .retention import check_retention, remove_superfluous
 from .schedule import check_end, check_schedule, end_text, follow, make_schedule
@@ -92,7 +93,6 @@ from vla_bench.training.sources import (
     weighted,
 )
 from .trackers import tracker_names
-from .profile import StepProfiler, step_profiler
 from .zero import distribute
 
 # %% ../../nbs/training/25_run.ipynb #c8f85b2d

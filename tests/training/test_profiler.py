@@ -11,7 +11,7 @@ from vla_bench.config import ConfigError, load_config
 from vla_bench.training import imitation
 from vla_bench.training.checkpoint import latest_checkpoint
 from vla_bench.training.imitation import train
-from vla_bench.training.profile import (
+from vla_bench.training.profiler import (
     BETWEEN,
     PHASES,
     StepProfiler,
