@@ -221,7 +221,9 @@ def test_a_package_imports_only_from_packages_to_its_left(path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_module_does_not_hide_one_of_pythons(path):
     """A program that is run as a file finds its neighbours before Python's own modules."""
-    assert path.stem not in sys.stdlib_module_names - {"statistics"}  # which nothing imports before ours is complete
+    assert path.stem not in sys.stdlib_module_names - {
+        "statistics"
+    }  # which nothing imports before ours is complete
 
 
 def test_there_is_no_import_circle():

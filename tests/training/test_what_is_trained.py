@@ -97,6 +97,9 @@ def several(monkeypatch):
 
 
 SEVERAL = "--framework.action_model.type Several --trainer.gradient_accumulation_steps 2"
+SEVERAL += (
+    " framework.action_model.hidden_size=32 framework.action_model.num_queries=2"  # as the MLP of the file
+)
 
 
 def test_every_loss_of_a_head_is_logged_and_shown(config, several):

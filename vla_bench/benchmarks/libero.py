@@ -6,9 +6,14 @@ Docs: https://vla-bench.github.io/vla_bench/benchmarks/libero.html.md"""
 
 # %% auto #0
 __all__ = ['CONTROL_RATE', 'ACTION', 'STATE', 'STATES', 'LiberoEnvironment', 'Libero', 'LiberoSpatial', 'LiberoObject',
-           'LiberoGoal', 'Libero10', 'Libero90']
+           'LiberoGoal', 'Libero10', 'Libero90', 'main']
+
+# %% ../../nbs/benchmarks/24_libero.ipynb #f00a1076
+if __name__ == "__main__" and "__file__" in globals() and not __package__:
+    __package__ = "vla_bench.benchmarks"  # run as a file: the imports below are relative to it (PEP 366)
 
 # %% ../../nbs/benchmarks/24_libero.ipynb #d753f228
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +23,8 @@ from PIL import Image
 
 from .benchmark import Benchmark, BenchmarkSpec, Environment, Step, check_action
 from vla_bench.benchmarks.libero_files import (
+    HORIZONS,
+    SUITES,
     assets_digest,
     assets_folder,
     horizon_of,
@@ -201,3 +208,23 @@ class Libero90(Libero):
     """Ninety short tasks in twenty scenes."""
 
     suite = "libero_90"
+
+# %% ../../nbs/benchmarks/24_libero.ipynb #68f1465b
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints what the five benchmarks declare."""
+    parser = argparse.ArgumentParser(description="Show the benchmarks of LIBERO: what each of them declares.")
+    parser.add_argument("--suite", choices=SUITES, help="one of them; all when left out")
+    options = parser.parse_args(argv)
+    print(f"  {'actions':13} {ACTION.units}")
+    print(f"  {'':13} {', '.join(ACTION.names)}, {CONTROL_RATE:g} Hz")
+    print(f"  {'state':13} {', '.join(STATE.names)}")
+    print(
+        f"  {'cameras':13} {', '.join(CAMERAS)}; {SETTLE_STEPS} steps to settle, {STATES} initial states a task"
+    )
+    for suite in [options.suite] if options.suite else SUITES:
+        limits = ", ".join(f"{horizon_of(suite, variant)} ({variant})" for variant in HORIZONS)
+        print(f"{suite:15} at most {limits} actions. {BENCHMARKS.get(suite).__doc__}")
+
+# %% ../../nbs/benchmarks/24_libero.ipynb #39ed95bd
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
+    main()
