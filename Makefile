@@ -96,9 +96,9 @@ libero: setup
 	VLA_BENCH_LIBERO_STATES=$${VLA_BENCH_LIBERO_STATES:-10} $(LIBERO)/bin/python -m pytest -s tests/benchmarks/test_libero*.py
 
 # Runs that take long, whole: killed in every step of every mode, a save killed at a thousand places, twenty steps of every
-# mode beside one process, and the order of the samples of 500 drawn runs. Most of an hour.
+# mode beside one process, the order of the samples of 500 drawn runs, and the graph of every pair. More than an hour.
 resume: setup
-	VLA_BENCH_EVERY_RUN=1 VLA_BENCH_SAVES=1000 pytest -n $(WORKERS) --dist worksteal tests/training/test_{sharding,cotrain,kills,killed_saves,order_of_samples,resume,retention,schedule}.py
+	VLA_BENCH_EVERY_RUN=1 VLA_BENCH_SAVES=1000 pytest -n $(WORKERS) --dist worksteal tests/training/test_{sharding,cotrain,kills,killed_saves,order_of_samples,resume,retention,schedule}.py tests/serving/test_graph.py
 
 # Trainings on a real SLURM of two nodes, which is started on this machine for as long as the tests run: about ten minutes.
 slurm: setup

@@ -60,7 +60,7 @@ FEW = [
     ("prismatic", "DiscreteDiffusion"),
     ("florence2", "Transformer"),
 ]
-CASES = PAIRS if "VLA_BENCH_CASES" in os.environ else FEW
+CASES = PAIRS if "VLA_BENCH_EVERY_RUN" in os.environ else FEW
 
 
 @pytest.fixture(scope="module")
