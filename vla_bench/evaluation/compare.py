@@ -21,8 +21,6 @@ from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
-from tqdm import tqdm
-from .protocols import check_same_protocol
 
 from ..benchmarks.benchmark import Benchmark
 from ..config import cli_errors
@@ -36,6 +34,7 @@ from vla_bench.evaluation.paired import (
     tango_interval,
 )
 from .program import open_policy, read_run
+from .protocols import check_same_protocol
 from .report import load_evaluations
 from vla_bench.evaluation.rollout import (
     EpisodeLog,
@@ -55,6 +54,7 @@ from .sequential import DECISIONS, SequentialPlan, SequentialTest, decide
 from .statistics import summarize
 from .workers import EpisodeSpec, WorkerError, open_workers
 from ..files import Kind, read_json, write_json
+from ..progress import moving_bar
 from ..serving.client import ServerError
 
 # %% ../../nbs/evaluation/38_compare.ipynb #ebcd1cba
@@ -267,7 +267,7 @@ def _play_pairs(
     sides: Sequence[Side], order: Sequence[EpisodeSpec], plan: SequentialPlan, stop_early: bool, show: bool
 ) -> None:
     tasks = len({spec.task for spec in order})
-    bar = tqdm(total=len(order), unit="pair", mininterval=1.0, disable=not show)
+    bar = moving_bar(total=len(order), unit="pair", disable=not show)
     block = max(side.settings.num_envs for side in sides)
     try:
         while True:
