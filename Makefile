@@ -67,6 +67,7 @@ fuzz: setup
 
 # The public openpi-client and vla-eval, unmodified, each in an environment of its own, through whole episodes of MetaWorld
 # with a served checkpoint: every executed action must be that of an evaluation in one process. RUN=FOLDER names the run.
+# --clear, since an environment laid over that of another Python keeps the other's program and has no ssl.
 CLIENTS ?= $(HOME)/.cache/vla_bench/clients
 RUN ?= $(RUNS)/smoke
 CLIENT_NEEDS := metaworld==3.1.1 mujoco==3.3.0 scipy omegaconf pyyaml pillow tqdm filelock packaging 'fastcore>=2.2.39,<3'
@@ -75,8 +76,8 @@ clients: setup $(CLIENTS)/.ready
 	.ci/clients $(RUN) --openpi $(CLIENTS)/openpi/bin/python --vla_eval $(CLIENTS)/vla_eval/bin/python
 
 $(CLIENTS)/.ready: Makefile
-	$(PYTHON) -m venv $(CLIENTS)/openpi
-	$(PYTHON) -m venv $(CLIENTS)/vla_eval
+	$(PYTHON) -m venv --clear $(CLIENTS)/openpi
+	$(PYTHON) -m venv --clear $(CLIENTS)/vla_eval
 	$(CLIENTS)/openpi/bin/python -m pip install --disable-pip-version-check -q uv
 	$(CLIENTS)/openpi/bin/uv pip install -q --python $(CLIENTS)/openpi/bin/python openpi-client==0.1.2 typing_extensions 'numpy<2' $(CLIENT_NEEDS)
 	$(CLIENTS)/openpi/bin/uv pip install -q --python $(CLIENTS)/vla_eval/bin/python vla-eval==0.8.0 $(CLIENT_NEEDS)
