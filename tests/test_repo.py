@@ -85,6 +85,7 @@ CROSS_CUTTING = {
     "models/heads/test_hidden_state_heads.py": "every head that reads the last layer's hidden states",
     "models/interop/test_config_keys.py": "formats and conversion: every key of every original's configuration",
     "models/projectors/test_projectors.py": "what every projector keeps to",
+    "rl/test_every_head.py": "every head that can explore, in its own framework on a tiny backbone",
     "training/test_bounds.py": "config, run and rollout: values that cannot be meant",
     "training/test_defaults.py": "every function of the training: what is left out, and what is not to be changed",
     "training/test_damaged_runs.py": "every reader of a run folder",
