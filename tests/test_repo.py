@@ -34,6 +34,7 @@ PACKAGES = [
     "serving",
     "benchmarks",
     "evaluation",
+    "rl",
     "viz",
     "scaffold",
     "__main__",
