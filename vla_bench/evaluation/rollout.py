@@ -23,12 +23,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from fastcore.basics import patch
 from tqdm import tqdm
-from .shards import Shard
+from .other_python import BenchmarkElsewhere, check_python
 
 from ..benchmarks.benchmark import Benchmark, check_policy
 from ..config import require, require_whole
 from ..data.layout import PolicySpec, image_sizes
 from ..data.windows import History
+from .shards import Shard
 from .statistics import summarize
 from vla_bench.evaluation.workers import (
     EpisodeError,
@@ -69,6 +70,7 @@ class EvaluationSettings:
         None  # of a simulator, per action; None: 120 s where it runs in its own process
     )
     batch_size: int = 1  # observations that the policy answers at once, see `Policy`; fewer are filled up
+    python: str | None = None  # of the simulator's own environment, /envs/libero/bin/python; None: this one
 
     def __post_init__(self):
         least = {"episodes": 1, "num_envs": 1, "n_action_steps": 1, "max_steps": 1, "batch_size": 1}
@@ -85,6 +87,8 @@ class EvaluationSettings:
         once = len(set(self.tasks)) == len(self.tasks)  # an episode that counts twice narrows the interval
         require(once, "evaluation.tasks", "tasks, none of them twice", self.tasks)
         check_step_timeout(self.step_timeout_s)
+        if self.python is not None:
+            check_python(self.python)
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #3c34e765
 class EvaluatedPolicy(Protocol):
@@ -171,11 +175,11 @@ def build_benchmark(
     arguments: dict[str, Any] = {"tasks": settings.tasks or None}
     if settings.max_steps is not None:
         arguments["max_steps"] = settings.max_steps
-    return BENCHMARKS.build(
-        {"type": settings.benchmark, **arguments},
-        cameras=tuple(spec.cameras),
-        image_size=tuple(spec.image_size),
-    )
+    config = {"type": settings.benchmark, **arguments}
+    context = {"cameras": tuple(spec.cameras), "image_size": tuple(spec.image_size)}
+    if settings.python is not None:
+        return BenchmarkElsewhere(settings.python, config, context)
+    return BENCHMARKS.build(config, **context)
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #ed6ca8ac
 @dataclass
