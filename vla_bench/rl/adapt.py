@@ -20,7 +20,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from ..data.normalize import Normalizer
 from ..evaluation.during_training import Rollouts
 from ..evaluation.rollout import EvaluationSettings, build_benchmark, check_settings
 from ..files import naming, read_json, write_json, write_whole_folder
-from ..models.features import Features
 from ..models.frameworks.framework import Framework
 from .advantages import gae, normalised
 from .batch import Learner, ValueHead, by_group, compared, in_batches, is_kept, parts_of_epoch

@@ -8,13 +8,11 @@ Docs: https://vla-bench.github.io/vla_bench/rl/batch.html.md"""
 __all__ = ['by_group', 'is_kept', 'compared', 'ValueHead', 'Learner', 'in_batches', 'parts_of_epoch']
 
 # %% ../../nbs/rl/60_batch.ipynb #rlupd003
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..models.features import Features

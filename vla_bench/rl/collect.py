@@ -274,7 +274,7 @@ class Collector:
 # %% ../../nbs/rl/50_collect.ipynb #rlcol024
 @patch
 def play(
-    self: Collector, policy: SamplingPolicy, asked: Sequence[Asked], stopped: Callable[[], bool] = lambda: False
+    self: Collector, policy: SamplingPolicy, asked: Sequence[Asked]
 ) -> list[Episode]:  # in the order in which they were asked for
     """Plays every attempt. Raises `WorkerError` where no simulator works; then those that stand are closed."""
     if not self.workers:
