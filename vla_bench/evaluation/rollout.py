@@ -70,6 +70,7 @@ class EvaluationSettings:
         None  # of a simulator, per action; None: 120 s where it runs in its own process
     )
     batch_size: int = 1  # observations that the policy answers at once, see `Policy`; fewer are filled up
+    variation: str | None = None  # changed in every scene, "camera" for example, where the benchmark has it
     python: str | None = None  # of the simulator's own environment, /envs/libero/bin/python; None: this one
 
     def __post_init__(self):
@@ -175,6 +176,8 @@ def build_benchmark(
     arguments: dict[str, Any] = {"tasks": settings.tasks or None}
     if settings.max_steps is not None:
         arguments["max_steps"] = settings.max_steps
+    if settings.variation is not None:
+        arguments["variation"] = settings.variation
     config = {"type": settings.benchmark, **arguments}
     context = {"cameras": tuple(spec.cameras), "image_size": tuple(spec.image_size)}
     if settings.python is not None:
