@@ -198,7 +198,8 @@ STOCHASTIC = Registry(
     "vla_bench.stochastic_heads",
     {
         "MLP": Known("vla_bench.rl.gaussian", ("Transformer",)),
-        "FAST": Known("vla_bench.rl.tokens", ("Bins",)),
+        "FAST": Known("vla_bench.rl.tokens"),
+        "Bins": Known("vla_bench.rl.tokens"),
         "FlowMatching": Known("vla_bench.rl.flow", ("LayerwiseFlowMatching",)),
         "ActionExpert": Known("vla_bench.rl.flow"),
     },
