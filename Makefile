@@ -102,7 +102,7 @@ SIMPLER ?= $(HOME)/.cache/vla_bench/simpler
 SIMPLER_NEEDS := mani-skill==3.0.1 sapien==3.0.3 mplib==0.1.1 numpy==1.26.4 opencv-python-headless==4.11.0.86 'setuptools<81'
 SIMPLER_NEEDS += arm_pytorch_utilities==0.5.0 dacite==1.9.2 docstring_parser==0.18.0 importlib_resources==7.1.0 lxml==6.1.3
 SIMPLER_NEEDS += nvidia-ml-py==13.615.71 pytorch-kinematics==0.7.6 pytorch-seed==0.2.0 toppra==0.6.10 transforms3d==0.4.2
-SIMPLER_NEEDS += trimesh==5.2.0 typeguard==4.6.1 tyro==1.0.17
+SIMPLER_NEEDS += pyarrow==21.0.0 trimesh==5.2.0 typeguard==4.6.1 tyro==1.0.17
 SIMPLER_ASSETS := bridge_v2_real2sim widowx250s
 VULKAN := $(if $(wildcard /dev/nvidia0),,VK_ICD_FILENAMES=$(SIMPLER)/vulkan/lavapipe.json LD_LIBRARY_PATH=$(SIMPLER)/vulkan/lib)
 export VLA_BENCH_MANISKILL_ASSETS ?= $(if $(filter simpler,$(MAKECMDGOALS)),$(SIMPLER)_assets)

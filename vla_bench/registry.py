@@ -484,6 +484,7 @@ BENCHMARKS = Registry(
         "libero_90": Known("vla_bench.benchmarks.libero"),
         "simpler_bridge": Known("vla_bench.benchmarks.simpler_bridge", ("simpler_widowx",)),
         "simpler_bridge_ever": Known("vla_bench.benchmarks.simpler_bridge"),
+        "maniskill_cubes": Known("vla_bench.benchmarks.maniskill_cubes", ("maniskill",)),
         "point": Known("vla_bench.benchmarks.point"),
     },
     Contract("vla_bench.benchmarks.benchmark.Benchmark", takes=("tasks", "cameras", "image_size")),
