@@ -49,6 +49,8 @@ BASE += [
 ]
 # Tests of no single module, each with what it is about.
 CROSS_CUTTING = {
+    "browser/test_docs.py": "the built pages, in a browser",
+    "browser/test_lab.py": "notebooks, executed and run in JupyterLab, in a browser",
     "serving/test_commands.py": "server, client and policy: the commands on their pages",
     "training/test_own_robot.py": "the notebook of a training, with a robot that no simulator has",
     "training/test_own_code.py": "a file that a configuration imports: trained, continued, served",
