@@ -95,6 +95,7 @@ class ActionHead(nn.Module):
     # normalised actions outside are cut off; None: any number is read
     input_range: tuple[float, float] | None = None
     continues = False  # whether `sample` takes `prefix`, actions that are decided already, and `steer`
+    rtc_max_delay = 0  # how many first actions may be decided already in training: see `heads.flow`
     offers_attention = False  # whether `attention` tells where the actions look
     embodiment_specific = False  # whether it can have weights for each robot
     masks_actions = False  # whether it leaves out, sample by sample, what `Features.action_mask` says
