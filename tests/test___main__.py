@@ -62,6 +62,11 @@ MISTAKES = {
         "wrong": (["--config_yaml", str(RUN)], "datasets.vlm_data is missing"),
         "no file": (["--config_yaml", "nowhere.yaml"], "nowhere.yaml"),
     },
+    "adapt": {
+        "missing": ([], "--config_yaml"),
+        "wrong": (["--config_yaml", str(RUN)], "rl.policy"),
+        "no file": (["--config_yaml", "nowhere.yaml"], "nowhere.yaml"),
+    },
     "serve": {
         "missing": ([], "--checkpoint"),
         "wrong": (["--checkpoint", str(RUN), "--host", "0.0.0.0"], "so the server needs a key"),
@@ -291,6 +296,7 @@ FILES = [
     "training/export",
     "evaluation/program",
     "evaluation/report",
+    "rl/adapt",
     "serving/policy",
     "serving/server",
     "serving/exported",
