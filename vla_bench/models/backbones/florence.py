@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..attention_map import ActionAttention
 from .image_tokens import SquareVLM, place_images
 from .tokens import padding_order, run_in_order, visible_tokens
 from .vlm import VLMPrepare, eager_text
@@ -184,6 +185,19 @@ def answer_attention(self: Florence2, inputs: dict[str, Tensor], answers: Tensor
     weights = torch.stack([m.float().mean(1) for m in maps]).mean(0)  # [B, A, L]
     valid = (answers >= 0).float()
     return (weights * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
+
+
+@patch
+def answer_steps(
+    self: Florence2, inputs: dict[str, Tensor], answer: Tensor, *, values: bool = False
+) -> ActionAttention:
+    """The decoder's cross-attention before any mean is taken. `answer` is long [A]; its values are not kept."""
+    features = self(inputs, attention="all")
+    with eager_text(self.model, True):
+        crosses = self.write(answer[None], features, attention=True).cross_attentions
+    maps, within = ([a[0].float() for a in each] for each in (crosses, features.attention))
+    length = inputs["input_ids"].shape[1]
+    return ActionAttention([maps], slice(0, length), below=[self.num_layers] * len(maps), within=within)
 
 # %% ../../../nbs/models/backbones/38_florence.ipynb #368e3f45
 @patch

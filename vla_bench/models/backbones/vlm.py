@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, ProcessorMixin
 
+from ..attention_map import ActionAttention
 from .image_attention import attend_by_length
 from .patch_embedding import multiply_patches
 from .position_ids import remember_positions
@@ -180,6 +181,10 @@ class VLM(nn.Module):
             f"{type(self).__name__} gives {' or '.join(self.hidden_states_offered)} hidden states only"
         )
 
+    def patches_per_side(self) -> int:
+        """Rows, and columns, of the vision encoder's patches that become one token."""
+        return 1
+
     @classmethod
     def load_processor(cls, path: str | Path) -> Any:
         """The checkpoint's processor; a family overrides it where transformers has none."""
@@ -297,7 +302,7 @@ def forward(
     extra: Tensor | None = None,  # [B, K, H] embeddings behind the prompt
     *,
     layers: str = "last",  # or "all"
-    attention: bool = False,  # whether to return attention maps (slower)
+    attention: bool | str = False,  # whether to return attention maps (slower); "all": of every row
     cache: bool = False,  # whether to return keys and values
     causal_extra: bool = False,  # whether the extra tokens are an answer, read causally by every model
 ) -> Features:
@@ -311,13 +316,14 @@ def forward(
         embeddings = torch.cat([embeddings, extra.to(embeddings.dtype)], dim=1)
         positions = torch.cat([positions, behind[..., :count]], dim=-1)
         mask = torch.cat([mask, mask.new_ones(len(mask), count)], dim=1)
-    wanted = {"layers": layers, "attention": attention, "cache": cache}
+    wanted = {"layers": layers, "attention": bool(attention), "cache": cache}
     output = self.run(embeddings, mask, positions, inputs, **wanted, answer=count if causal_extra else 0)
     features = Features(hidden=output.last_hidden_state.float(), mask=mask, num_extra=count)
     if layers == "all":
         features.layers = tuple(h.float() for h in output.hidden_states[1:])
     if attention:  # rows of the extra tokens, where there are some
-        features.attention = tuple(a[:, :, -count:] for a in output.attentions if a is not None)
+        first = 0 if attention == "all" else -count
+        features.attention = tuple(a[:, :, first:] for a in output.attentions if a is not None)
     if cache:
         features.cache = self.keys_and_values(output.past_key_values, embeddings.shape[1])
         features.next_position = behind.reshape(-1, *behind.shape[-2:])[0, :, count]
@@ -452,6 +458,37 @@ def answer_attention(
     valid = (answers >= 0).float()
     weights = (weights * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
     return weights[:, : inputs["input_ids"].shape[1]]
+
+
+@patch
+def attention_values(
+    self: VLM,
+    features: Features,  # with `cache`
+) -> list[tuple[Tensor, Tensor]]:  # per layer [B, heads, N, d] and [heads, d, H]
+    """The values of each layer and what each head makes of them."""
+    found = []
+    for layer, (_, values) in zip(self.model.get_decoder().layers, features.cache, strict=True):
+        out = layer.self_attn.o_proj.weight.T.unflatten(0, (-1, values.shape[-1]))
+        found.append((values.repeat_interleave(len(out) // values.shape[1], dim=1), out))
+    return found
+
+
+@patch
+def answer_steps(
+    self: VLM,
+    inputs: dict[str, Tensor],  # of one sample
+    answer: Tensor,  # long [A], without what is behind its end
+    *,
+    values: bool = False,  # whether they are wanted, too
+) -> ActionAttention:
+    """Where an answer's tokens look before any mean is taken."""
+    embeddings = self.model.get_input_embeddings()(answer[None])
+    features = self(inputs, embeddings, attention="all", cache=values, causal_extra=True)
+    within, length = [a[0].float() for a in features.attention], inputs["input_ids"].shape[1]
+    rows = torch.arange(length, length + len(answer), device=answer.device)
+    kept = [(v[0], out) for v, out in self.attention_values(features)] if values else None
+    maps = [[layer[:, rows] for layer in within]]
+    return ActionAttention(maps, slice(0, length), rows=rows, within=within, values=kept)
 
 # %% ../../../nbs/models/backbones/10_vlm.ipynb #vlm00047
 @patch
