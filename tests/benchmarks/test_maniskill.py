@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from vla_bench.benchmarks import maniskill
-from vla_bench.benchmarks.maniskill import ASSETS_VARIABLE, assets_folder, check_assets, fit_image
+from vla_bench.benchmarks.maniskill import ASSETS_VARIABLE, assets_folder, check_assets
+from vla_bench.benchmarks.simulated import fit_image
 from vla_bench.registry import RegistryError
 
 CARROT = "PutCarrotOnPlateInScene-v1"

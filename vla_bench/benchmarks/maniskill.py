@@ -6,9 +6,9 @@ Docs: https://vla-bench.github.io/vla_bench/benchmarks/maniskill.html.md"""
 
 # %% auto #0
 __all__ = ['ASSETS_VARIABLE', 'PACKAGES', 'VULKAN_HINT', 'assets_folder', 'check_assets', 'load_maniskill', 'installed_versions',
-           'renderer_device', 'make_environment', 'fit_image', 'ManiSkillSimulator']
+           'renderer_device', 'make_environment', 'ManiSkillSimulator']
 
-# %% ../../nbs/benchmarks/30_maniskill.ipynb #5147c3eb
+# %% ../../nbs/benchmarks/30_maniskill.ipynb #9fb9e4b0
 import logging
 import os
 import warnings
@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from .simulated import Simulator, package_versions
+from .simulated import Simulator, fit_image, package_versions
 from ..registry import RegistryError, install_hint
 
 # %% ../../nbs/benchmarks/30_maniskill.ipynb #9329a300
@@ -101,17 +100,7 @@ def make_environment(
             raise
     return made.unwrapped
 
-# %% ../../nbs/benchmarks/30_maniskill.ipynb #6a8a0200
-def fit_image(
-    frame: np.ndarray,  # uint8 [H, W, 3]
-    size: tuple[int, int],  # height, width
-) -> np.ndarray:  # uint8 [*size, 3]
-    """The whole image in another size, by Lanczos' filter; untouched where it has that size already."""
-    if frame.shape[:2] == tuple(size):
-        return frame
-    return np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.LANCZOS))
-
-# %% ../../nbs/benchmarks/30_maniskill.ipynb #2ef5d456
+# %% ../../nbs/benchmarks/30_maniskill.ipynb #f4a4591f
 class ManiSkillSimulator(Simulator):
     """One task of ManiSkill; what is special about a task comes as functions."""
 
