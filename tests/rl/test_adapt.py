@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,3 +184,8 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(overrides, s
     with pytest.raises(ConfigError, match=said):
         train(config(overrides))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_notebook_of_an_adaptation_runs_on_its_own(server):
+    done = server({"notebook": str(Path(__file__).parents[2] / "experiments/rl.ipynb")})
+    assert done["returncode"] == 0, done["output"][-4000:]
