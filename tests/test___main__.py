@@ -171,6 +171,7 @@ MISTAKES = {
         "no file": (["nowhere.py", "--out", "x.yaml"], "nowhere.py"),
     },
     "list": {"wrong": (["--colour", "red"], "--colour")},
+    "simulators": {"wrong": (["metawolrd"], "did you mean 'metaworld'")},
     "trust": {
         "missing": ([], "FILE"),
         "wrong": (["code.txt"], "code.txt is neither a Python file (.py) nor a notebook"),

@@ -54,6 +54,8 @@ CROSS_CUTTING = {
     "serving/test_commands.py": "server, client and policy: the commands on their pages",
     "training/test_own_robot.py": "the notebook of a training, with a robot that no simulator has",
     "training/test_own_code.py": "a file that a configuration imports: trained, continued, served",
+    "test_docs.py": "the documentation: what is pasted from it, its links, its reference",
+    "test_guides.py": "the pages for those who come from other codebases",
     "test_grid.py": "every backbone with every head that can read it",
     "test_notebooks.py": "every notebook",
     "test_programs.py": "every component's module, run as a program",

@@ -47,6 +47,10 @@ COMMANDS = {
     ),
     "fluxvla": ("vla_bench.models.interop.fluxvla", "translate a configuration of FluxVLA to one of ours"),
     "list": ("vla_bench.models.compatibility", "what components there are, and which of them fit together"),
+    "simulators": (
+        "vla_bench.benchmarks.needs",
+        "what each simulator lacks on this machine, and how to install it",
+    ),
     "trust": ("vla_bench.own_code", "allow code that a run brings with it"),
     "new": ("vla_bench.scaffold", "write the notebook of a new head, backbone or framework"),
 }

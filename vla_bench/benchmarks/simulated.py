@@ -90,7 +90,9 @@ class SimulatedEnvironment(Environment):
     def _observe(self) -> dict[str, Any]:
         images = [Image.fromarray(frame) for frame in self.simulator.frames()]
         state = self.simulator.state()
-        lang = self.simulator.lang or self.lang  # it may change within an episode: open the drawer, then fill it
+        lang = (
+            self.simulator.lang or self.lang
+        )  # it may change within an episode: open the drawer, then fill it
         return {"image": images, "lang": lang} | ({} if state is None else {"state": state})
 
 # %% ../../nbs/benchmarks/03_simulated.ipynb #b1ee78a5
