@@ -14,6 +14,7 @@ if __name__ == "__main__" and "__file__" in globals() and not __package__:
     )
 
 # %% ../../../nbs/models/backbones/38_florence.ipynb #1a2591ab
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -152,11 +153,16 @@ def write(
 
 
 @patch
+def answer_states(self: Florence2, inputs: dict[str, Tensor], answers: Tensor) -> Tensor:
+    """The decoder's states from which the tokens of answers [B, A] are predicted, [B, A, H]."""
+    start = answers.new_full((len(answers), 1), self.text_config.decoder_start_token_id)
+    return self.write(torch.cat([start, answers[:, :-1]], dim=1), self(inputs)).last_hidden_state
+
+
+@patch
 def answer_loss(self: Florence2, inputs: dict[str, Tensor], answers: Tensor, valid: Tensor) -> Tensor:
     """Next-token cross-entropy of answers [B, A] where `valid` [B, A], a scalar."""
-    start = answers.new_full((len(answers), 1), self.text_config.decoder_start_token_id)
-    hidden = self.write(torch.cat([start, answers[:, :-1]], dim=1), self(inputs)).last_hidden_state
-    logits = self.output_matrix()(hidden[valid])
+    logits = self.output_matrix()(self.answer_states(inputs, answers)[valid])
     return nn.functional.cross_entropy(logits.float(), answers[valid])
 
 # %% ../../../nbs/models/backbones/38_florence.ipynb #flor0004
@@ -197,9 +203,15 @@ def answer_steps(
 @patch
 @torch.no_grad()
 def decode(
-    self: Florence2, inputs: dict[str, Tensor], *, max_tokens: int, allowed: Tensor, stop: int | None = None
+    self: Florence2,
+    inputs: dict[str, Tensor],
+    *,
+    max_tokens: int,
+    allowed: Tensor,
+    stop: int | None = None,
+    choose: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Tensor:
-    """The likeliest answer, token by token, [B, at most max_tokens]; -1 behind an answer's end."""
+    """The likeliest answer, or the one that `choose` draws, [B, at most max_tokens]; -1 behind an answer's end."""
     features, allowed_ids = self(inputs), allowed
     if stop is not None:
         allowed_ids = torch.cat([allowed, allowed.new_tensor([stop])])
@@ -209,7 +221,8 @@ def decode(
     while len(generated) < max_tokens and not ended.all():
         output = self.write(tokens[:, None], features, past=past, cache=True)
         past = output.past_key_values
-        tokens = allowed_ids[(output.last_hidden_state[:, -1] @ weight.T).argmax(-1)]
+        logits = output.last_hidden_state[:, -1] @ weight.T
+        tokens = allowed_ids[logits.argmax(-1) if choose is None else choose(logits, len(generated))]
         ended = ended | (tokens == stop) if stop is not None else ended
         generated.append(tokens.masked_fill(ended, -1))
     return torch.stack(generated, dim=1)

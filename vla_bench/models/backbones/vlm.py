@@ -10,7 +10,7 @@ __all__ = ['COMPONENTS', 'backbone_sizes', 'VLMPrepare', 'eager_text', 'VLM', 'n
 # %% ../../../nbs/models/backbones/10_vlm.ipynb #cfad3930
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -386,11 +386,27 @@ def answer_loss_of(
     self: VLM, features: Features, inputs: dict[str, Tensor], answers: Tensor, valid: Tensor
 ) -> Tensor:
     """The same from states of the prompt and of the answer's tokens, but for the last one."""
-    output = self.output_matrix()
-    first = last_state(features.hidden[:, : inputs["input_ids"].shape[1]], inputs["attention_mask"])
-    before = torch.cat([first[:, None], features.extra], dim=1)
+    output, before = self.output_matrix(), self.answer_states_of(features, inputs)
     logits = output(before[valid].to(output.weight.dtype))
     return nn.functional.cross_entropy(logits.float(), answers[valid])
+
+
+@patch
+def answer_states_of(self: VLM, features: Features, inputs: dict[str, Tensor]) -> Tensor:  # [B, A, H]
+    """The state from which each token of an answer is predicted: the prompt's last, and the answer's but the last."""
+    first = last_state(features.hidden[:, : inputs["input_ids"].shape[1]], inputs["attention_mask"])
+    return torch.cat([first[:, None], features.extra], dim=1)
+
+
+@patch
+def answer_states(
+    self: VLM,
+    inputs: dict[str, Tensor],
+    answers: Tensor,  # long [B, A] token ids; anything valid behind an answer's end
+) -> Tensor:  # [B, A, H]
+    """The same for an answer that has not been read yet."""
+    embed = self.model.get_input_embeddings()
+    return self.answer_states_of(self(inputs, embed(answers[:, :-1]), causal_extra=True), inputs)
 
 # %% ../../../nbs/models/backbones/10_vlm.ipynb #vlm00040
 @patch
@@ -402,8 +418,10 @@ def decode(
     max_tokens: int,
     allowed: Tensor,  # long [M], the token ids that may come
     stop: int | None = None,  # the id that ends an answer
+    # logits [B, M or M + 1], the last of them the stop's, and the token's number, to indices [B]; None: the likeliest
+    choose: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Tensor:  # long [B, at most max_tokens]; -1 behind an answer's end
-    """The likeliest answer, token by token."""
+    """The likeliest answer, token by token, or the one that `choose` draws."""
     mask, positions = self.visible(inputs), self.position_ids(inputs)
     embed, output = self.model.get_input_embeddings(), self.output_matrix()
     read = self.run(embed(inputs["input_ids"]), mask, positions, inputs, cache=True)
@@ -414,7 +432,8 @@ def decode(
     weight = output.weight[allowed_ids]
     generated, ended = [], torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
     for step in range(max_tokens):
-        tokens = allowed_ids[(hidden.to(weight.dtype) @ weight.T).argmax(-1)]
+        logits = hidden.to(weight.dtype) @ weight.T
+        tokens = allowed_ids[logits.argmax(-1) if choose is None else choose(logits, step)]
         ended = ended | (tokens == stop) if stop is not None else ended
         generated.append(tokens.masked_fill(ended, -1))
         if ended.all() or step + 1 == max_tokens:
