@@ -1,4 +1,4 @@
-# make setup | quickstart | check | test | fuzz | resume | slurm | clients | libero | simpler | lowest | mutants | docs browser | lab | smoke | figures | speed | format | clean
+# make setup | quickstart | check | test | fuzz | resume | slurm | clients | libero | simpler | lowest | mutants | docs | browser | lab | smoke | figures | speed | format | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:

@@ -10,13 +10,26 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).parents[2]
+TRAIN = ROOT / "experiments/train.ipynb"
 EXECUTED = ROOT / "experiments/runs/smoke/train.ipynb"
 TUTORIAL = ROOT / "nbs/tutorials/10_own_head.ipynb"
 VIDEO = "img[src^='data:image/webp']"
-EXPLORER = """from vla_bench.evaluation.rollout import Recording
+WIDGETS = {
+    "explorer": """from vla_bench.evaluation.rollout import Recording
 from vla_bench.viz.widgets import explore
-explore(Recording.load(PATH), names=["x", "y", "z", "gripper"])"""
-
+explore(Recording.load(ROOT + "/nbs/viz/recording.npz"), names=["x", "y", "z", "gripper"])""",
+    "player": """from vla_bench.data.lerobot import LeRobotDataset
+from vla_bench.viz.episodes import play_episodes
+play_episodes(LeRobotDataset(ROOT + "/tests/fixtures/version_0_1/dataset"))""",
+    "what if": """import numpy as np
+from PIL import Image
+from vla_bench.viz.what_if import ask_what_if
+class Bright:  # moves as far as the image is bright
+    spec = type("Spec", (), {"action": type("Layout", (), {"names": tuple("xyz") + ("roll", "pitch", "yaw", "gripper")})})
+    def predict(self, observation, *, seed):
+        return np.full((8, 7), np.asarray(observation["image"][0]).mean() / 255)
+ask_what_if(Bright(), {"image": [Image.new("RGB", (64, 64), "orange")], "lang": "open the drawer"})""",
+}
 PYTHON = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 SHOWN = "const shown = jupyterapp.shell.currentWidget.content.widgets.filter(c => c.model.outputs?.length);"
 CURVES = """
@@ -33,8 +46,8 @@ return image.naturalWidth > 0 ? image.getBoundingClientRect().bottom - top : nul
 @pytest.fixture
 def executed(absent, lab):
     """A notebook that papermill has written, in a JupyterLab that has not signed it."""
-    if not EXECUTED.is_file():
-        absent("experiments/runs/smoke/train.ipynb is not there")
+    if not EXECUTED.is_file() or EXECUTED.stat().st_mtime < TRAIN.stat().st_mtime:
+        absent("experiments/runs/smoke/train.ipynb is absent, or older than experiments/train.ipynb")
     return shutil.copy(EXECUTED, lab.root / "train.ipynb")
 
 
@@ -85,25 +98,32 @@ return ['.widget-image', '.widget-slider'].map(kind => {
 """
 
 
-def test_a_drag_on_the_slider_changes_the_frame_while_both_are_visible(lab, window):
+def open_widget(lab, window, source: str) -> None:
+    """Runs a cell that shows a widget with an image, in a window of 900 x 700 pixels."""
+    cell = new_code_cell(source.replace("ROOT", repr(str(ROOT))))
+    nbformat.write(new_notebook(cells=[cell], metadata=PYTHON), lab.root / "widget.ipynb")
+    window.size(900, 700)
+    lab.open(window, "widget.ipynb")
+    lab.run_all(window)
+    assert not lab.errors(window)
+    window.wait("return document.querySelector('.widget-image')?.naturalWidth > 0", "the widget")
+    window.run("document.querySelector('.widget-image').parentElement.scrollIntoView({block: 'nearest'})")
+
+
+@pytest.mark.parametrize("source", WIDGETS.values(), ids=WIDGETS)
+def test_a_drag_on_a_slider_changes_the_image_while_both_are_visible(source, lab, window):
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.by import By
 
-    path = str(ROOT / "nbs/viz/recording.npz")
-    cell = new_code_cell(EXPLORER.replace("PATH", repr(path)))
-    nbformat.write(new_notebook(cells=[cell], metadata=PYTHON), lab.root / "explorer.ipynb")
-    window.size(900, 700)
-    lab.open(window, "explorer.ipynb")
-    lab.run_all(window)
-    assert not lab.errors(window)
-    window.wait("return document.querySelector('.widget-image')?.naturalWidth > 0", "the explorer")
-    window.run("document.querySelector('.widget-image').parentElement.scrollIntoView({block: 'nearest'})")
+    open_widget(lab, window, source)
     image = window.driver.find_element(By.CSS_SELECTOR, ".widget-image")
     before = image.get_attribute("src")
     handle = window.driver.find_element(By.CSS_SELECTOR, ".widget-slider .noUi-handle")
-    ActionChains(window.driver).drag_and_drop_by_offset(handle, 120, 0).perform()
-    window.wait(lambda: image.get_attribute("src") != before, "another frame")
-    window.keep("explorer")
+    ActionChains(window.driver).drag_and_drop_by_offset(
+        handle, -30 if "what_if" in source else 60, 0
+    ).perform()
+    window.wait(lambda: image.get_attribute("src") != before, "another image")
+    window.keep(f"widget_{list(WIDGETS.values()).index(source)}")
     assert np.min(window.run(RECTANGLES)) >= 0, "image and slider are not visible together"
 
 
