@@ -24,7 +24,7 @@ from .rollout import read_episodes, with_current_keys
 from .statistics import INTERVALS, coverage, rate_interval, summarize
 from .suites import mean_interval
 from ..files import Kind, check_fields, read_json, read_manifest
-from ..registry import suggest
+from ..registry import suggest, suggest_run
 
 # %% ../../nbs/evaluation/20_report.ipynb #00c9a7ec
 def load_evaluations(
@@ -38,6 +38,7 @@ def load_evaluations(
     if not found:
         raise FileNotFoundError(
             f"no evaluation in {run}: expected eval/<benchmark>/episodes.jsonl; evaluate first"
+            f"{suggest_run(run)}"
         )
     return found
 
