@@ -36,10 +36,11 @@ def load_evaluations(
     loaded = {folder.name: _load_evaluation(folder) for folder in folders}
     found = {name: evaluation for name, evaluation in loaded.items() if evaluation is not None}
     if not found:
-        raise FileNotFoundError(
-            f"no evaluation in {run}: expected eval/<benchmark>/episodes.jsonl; evaluate first"
-            f"{suggest_run(run)}"
-        )
+        parts = [folder for folder in folders if (folder / "shards").is_dir()]
+        cure = f"evaluate first{suggest_run(run)}"
+        if parts:
+            cure = f"its shards are not merged yet: vla_bench merge {parts[0]}"
+        raise FileNotFoundError(f"no evaluation in {run}: expected eval/<benchmark>/episodes.jsonl; {cure}")
     return found
 
 

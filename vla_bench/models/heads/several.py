@@ -68,6 +68,12 @@ def continues(self: Heads) -> bool:
 
 
 @patch(as_prop=True)
+def rtc_max_delay(self: Heads) -> int:
+    """How many first actions of the policy's head may be decided already."""
+    return self.chosen.rtc_max_delay
+
+
+@patch(as_prop=True)
 def offers_attention(self: Heads) -> bool:
     """Whether the policy's head tells where the actions look."""
     return self.chosen.offers_attention
@@ -119,6 +125,18 @@ def draw_noise(
 def attention(self: Heads, features: Features, noise: Tensor | None = None) -> Tensor:  # [B, L]
     """Where the actions of the policy's head look."""
     return self.chosen.attention(features, noise)
+
+
+@patch(as_prop=True)
+def differentiable(self: Heads) -> bool:
+    """Whether the actions of the policy's head have a gradient."""
+    return self.chosen.differentiable
+
+
+@patch(as_prop=True)
+def offers_attention_steps(self: Heads) -> bool:
+    """Whether the policy's head tells where the actions look per denoising step, layer, head and action."""
+    return self.chosen.offers_attention_steps
 
 
 @patch
