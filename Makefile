@@ -1,4 +1,4 @@
-# make setup | quickstart | check | test | fuzz | resume | slurm | clients | libero | simpler | lowest | mutants | docs | lab | smoke | figures | speed | format | clean
+# make setup | quickstart | check | test | fuzz | resume | slurm | clients | libero | simpler | lowest | mutants | docs browser | lab | smoke | figures | speed | format | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -27,7 +27,7 @@ SAMPLE ?= 0
 SEED ?= 0
 AGAIN ?=
 
-.PHONY: setup system quickstart check test fuzz resume slurm clients libero simpler lowest mutants docs smoke figures speed format lab clean
+.PHONY: setup system quickstart check test fuzz resume slurm clients libero simpler lowest mutants docs browser smoke figures speed format lab clean
 setup: $(BIN)/.ready system
 
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -154,6 +154,23 @@ lowest: system
 docs: setup
 	python docs/build.py
 	echo "documentation: _docs/index.html"
+
+# What people see, in Chromium without a window and without a network: an executed training in a real JupyterLab, the
+# explorer, a tutorial, the pages. SCREENSHOTS=FOLDER keeps what was seen. Chromium and its driver come from Debian.
+SCREENSHOTS ?=
+browser: $(BIN)/.browser $(RUNS)/smoke/train.ipynb
+	test -f _docs/index.html || $(MAKE) docs
+	VLA_BENCH_BROWSER=1 VLA_BENCH_SCREENSHOTS='$(SCREENSHOTS)' pytest --durations=5 tests/browser
+
+$(BIN)/.browser: $(BIN)/.ready
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[browser]'
+	if test "$$(id -u)" = 0 && ! { command -v chromium && command -v chromedriver; } > /dev/null; then
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver
+	fi
+	touch $@
+
+$(RUNS)/smoke/train.ipynb: experiments/train.ipynb | setup
+	$(MAKE) smoke
 
 figures: setup
 	for notebook in figures/*.ipynb; do papermill $$notebook $(RUNS)/$$(basename $$notebook) --no-progress-bar; done

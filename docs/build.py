@@ -36,6 +36,7 @@ PACKAGES = {
     "Serving": "serving",
     "Benchmarks": "benchmarks",
     "Evaluation": "evaluation",
+    "Reinforcement learning": "rl",
     "Seeing": "viz",
     "Tutorials": "tutorials",
     "Templates": "templates",

@@ -97,6 +97,11 @@ MISTAKES = {
         "wrong": (["--verfy", "nowhere"], "--verfy"),
         "no file": (["nowhere"], "no evaluation in nowhere"),
     },
+    "merge": {
+        "missing": ([], "folder"),
+        "wrong": (["--fodler", "nowhere"], "--fodler"),
+        "no file": (["nowhere"], "no shards in nowhere"),
+    },
     "compare": {
         "missing": ([str(RUN)], "run_b"),
         "wrong": ([str(RUN), str(RUN), "--allow", "protocol.max_stps"], "did you mean 'protocol.max_steps'"),
@@ -292,6 +297,7 @@ FILES = [
     "training/export",
     "evaluation/program",
     "evaluation/report",
+    "evaluation/merge",
     "serving/policy",
     "serving/server",
     "serving/exported",

@@ -34,6 +34,7 @@ PACKAGES = [
     "serving",
     "benchmarks",
     "evaluation",
+    "rl",
     "viz",
     "scaffold",
     "__main__",
@@ -48,6 +49,8 @@ BASE += [
 ]
 # Tests of no single module, each with what it is about.
 CROSS_CUTTING = {
+    "browser/test_docs.py": "the built pages, in a browser",
+    "browser/test_lab.py": "notebooks, executed and run in JupyterLab, in a browser",
     "serving/test_commands.py": "server, client and policy: the commands on their pages",
     "training/test_own_robot.py": "the notebook of a training, with a robot that no simulator has",
     "training/test_own_code.py": "a file that a configuration imports: trained, continued, served",
@@ -84,6 +87,7 @@ CROSS_CUTTING = {
     "models/heads/test_hidden_state_heads.py": "every head that reads the last layer's hidden states",
     "models/interop/test_config_keys.py": "formats and conversion: every key of every original's configuration",
     "models/projectors/test_projectors.py": "what every projector keeps to",
+    "rl/test_every_head.py": "every head that can explore, in its own framework on a tiny backbone",
     "training/test_bounds.py": "config, run and rollout: values that cannot be meant",
     "training/test_defaults.py": "every function of the training: what is left out, and what is not to be changed",
     "training/test_damaged_runs.py": "every reader of a run folder",

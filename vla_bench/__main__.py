@@ -23,6 +23,7 @@ COMMANDS = {
     "launch": ("vla_bench.training.submit", "run a notebook as a job, here or on a SLURM cluster"),
     "vlm": ("vla_bench.training.vlm", "train a backbone on conversations alone"),
     "evaluate": ("vla_bench.evaluation.program", "evaluate a run in its simulator"),
+    "merge": ("vla_bench.evaluation.merge", "put the shards of an evaluation together"),
     "report": ("vla_bench.evaluation.report", "print the success rates of a run"),
     "compare": ("vla_bench.evaluation.compare", "play the same episodes with two runs until one is better"),
     "results": ("vla_bench.evaluation.results", "every evaluation below a folder, in one table"),

@@ -15,6 +15,7 @@ from vla_bench.training.sources import (
     check_insulation,
     count_actions,
     framework_weights,
+    head_counts,
     robot_source,
     robots_alone,
     weighted,
@@ -79,6 +80,57 @@ def test_accumulation_is_exact_although_actions_are_decided_already(config, fram
     for parameter, gradient in zip(run.framework.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
     assert loss == pytest.approx(expected_loss.item(), abs=1e-6)
+
+
+def test_accumulation_is_exact_for_heads_that_count_other_actions(config, monkeypatch):
+    """Three heads, of which two are given decided actions, each its own: two micro-batches of four against the eight."""
+    tree = config("--trainer.gradient_clipping 1e9 --trainer.gradient_accumulation_steps 2").to_dict()
+    tree["framework"] |= {
+        "name": "GR00T",
+        "action_model": {
+            "oft": {"type": "MLP", "hidden_size": 32, "num_queries": 2},
+            "gr00t": {"type": "FlowMatching", "hidden_size": 32, "num_layers": 1, "num_heads": 2,
+                      "dropout": 0.0, "rtc_max_delay": 3,
+                      "repeated_diffusion_steps": 2, "weight": 0.5},
+            "pi0": {"type": "ActionExpert", "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "rtc_max_delay": 2},
+        },
+    }  # fmt: skip
+    run = set_up(load_config(tree))
+    stream, draws = micro_batches(run), {"gr00t": 2, "pi0": 1}
+    batches = [next(stream), next(stream)]
+    counts = [head_counts(micro["vla"]) for micro in batches]
+    assert [*counts[0]] == [*draws] and all(counts[0][name] != counts[1][name] for name in draws)
+    parts = [slice(0, 8), slice(0, 4), slice(4, 8)]
+    for name, repeats in draws.items():
+        head = run.framework.action_model.get(name)
+        noise, time = torch.randn(repeats, 8, head.horizon, head.action_dim), torch.rand(repeats, 8)
+        turn, clean = iter(parts), type(head).loss
+
+        def given(features, actions, is_pad, *_, head=head, noise=noise, time=time, turn=turn, clean=clean):
+            part = next(turn)
+            return clean(
+                head, features, actions, is_pad, noise[:, part].flatten(0, 1), time[:, part].flatten()
+            )
+
+        monkeypatch.setattr(head, "loss", given)
+    run.model.eval()
+    keys = run.sampler().batch(0) + run.sampler().batch(1)
+    whole = run.framework.prepare([run.view[key] for key in keys])
+    joined = {
+        n: torch.cat([b["vla"]["delay"][n].view(r, 4) for b in batches], 1).flatten()
+        for n, r in draws.items()
+    }
+    expected_losses = run.framework({**whole, "delay": joined})
+    expected_losses["action_loss"].backward()
+    expected = [None if p.grad is None else p.grad.clone() for p in run.framework.parameters()]
+    run.framework.zero_grad()
+    run.optimizer.zero_grad = lambda: None
+    loss, _ = update(run, batches)
+    for parameter, gradient in zip(run.framework.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+    assert loss == pytest.approx(expected_losses["action_loss"].item(), abs=1e-6)
+    for name, value in expected_losses.items():
+        assert run.losses[name] == pytest.approx(value.item(), abs=1e-6)
 
 
 def test_without_a_delay_a_batch_is_what_it_was(config):

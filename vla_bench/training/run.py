@@ -781,7 +781,8 @@ def wrap_blocks(framework: Framework, settings: TrainerSettings) -> None:
 # %% ../../nbs/training/25_run.ipynb #emarun01
 def average_of(run: Run) -> EMA | None:
     """The average of a run's weights, once they are wrapped. Raises `ConfigError` where it cannot be had."""
-    return make_ema(run.framework, run.settings.ema_decay, run.settings.ema_warmup, run.sharding.stage)
+    decay, warmup = run.settings.ema_decay, run.settings.ema_warmup
+    return make_ema(run.framework, decay, warmup, run.sharding.pieces()) if decay is not None else None
 
 # %% ../../nbs/training/25_run.ipynb #rob00002
 def read_robots(cfg: Config) -> DataSettings:

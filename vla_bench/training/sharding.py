@@ -30,6 +30,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from ..config import ConfigError, suggest
+from .ema import Pieces
 from .utilization import gradient_norms
 
 # %% ../../nbs/training/12_sharding.ipynb #shard006
@@ -108,6 +109,10 @@ class Whole:
         """Limits the norm of the global gradient, and returns what it was."""
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def pieces(self) -> Pieces:
+        """What a process holds of each weight. Raises `ConfigError` where it cannot be got at."""
+        return Pieces()
 
     def weights(self) -> dict[str, Tensor] | None:
         """The framework's whole weights on the main process; None: they are the framework's own."""

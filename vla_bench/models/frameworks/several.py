@@ -13,7 +13,6 @@ __all__ = ['READERS', 'COMMON', 'BEHIND', 'framework_of', 'head_weights', 'infer
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...config import is_number
+from ..attention_map import ActionAttention
 from ..backbones.loading import load_vlm
 from ..backbones.unused_parameters import freeze_unused
 from ..backbones.vlm import VLM
@@ -247,6 +247,15 @@ def of_prompt(
 
 # %% ../../../nbs/models/frameworks/90_several.ipynb #sevf0018
 @patch
+def draw_delays(self: SeveralHeads, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch, with the delays of each head that learns to go on from decided actions, by its name."""
+    is_pad, heads = batch["action_is_pad"], self.action_model
+    drawn = {name: heads.get(name).draw_delays(is_pad) for name in heads.trained()}
+    delays = {name: delay for name, delay in drawn.items() if delay is not None}
+    return {**batch, "delay": delays} if delays else batch
+
+
+@patch
 def read_together(self: SeveralHeads, batch: dict[str, Any]) -> dict[str, Features]:
     """What each head that learns reads, from one pass through the backbone."""
     parts, inputs = self.learning(), batch["inputs"]
@@ -263,7 +272,8 @@ def read_together(self: SeveralHeads, batch: dict[str, Any]) -> dict[str, Featur
             own = mark_images(own, self.vlm.image_token_mask(inputs))
         own = own if each == name else part.with_own(own, batch)
         own = own.detached() if part.knowledge_insulation else own
-        found[each] = replace(own, **{key: batch.get(key) for key in ("state", "embodiment", "action_mask")})
+        named = {key: batch.get(key) for key in ("state", "embodiment", "action_mask")}
+        found[each] = replace(own, **named, delay=batch.get("delay", {}).get(each))
     return found
 
 
@@ -281,11 +291,13 @@ def training_loss(
     noise: Tensor | Mapping[str, Tensor] | None,  # of the policy's head, or by the head's name
     time: Tensor | Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
-    """`action_loss`, the weighted sum, and `NAME/action_loss` of each head."""
+    """`action_loss`, the weighted sum, and `NAME/action_loss` of each head, times its `head_share` where there is one."""
     heads, found, total = self.action_model, {}, []
+    shares = batch.get("head_share", {})
     for name, features in self.read_together(batch).items():
         drawn = [for_head(each, name, heads.policy_head) for each in (noise, time)]
         losses = self.parts[name].loss_of(features, batch, *drawn)
+        losses = {key: value * shares.get(name, 1.0) for key, value in losses.items()}
         total.append(heads.weights[name] * losses["action_loss"])
         found |= {f"{name}/{key}": value for key, value in losses.items()}
     return {"action_loss": torch.stack(total).sum(), **found}
@@ -319,6 +331,14 @@ def prompt_attention(
 ) -> Tensor:  # [B, L]
     """Where the actions of the policy's head look."""
     return self.parts[self.action_model.policy_head].prompt_attention(batch, generator)
+
+
+@patch
+def action_attention(
+    self: SeveralHeads, batch: dict[str, Any], generator: torch.Generator | None, *, values: bool = False
+) -> ActionAttention:
+    """The same before any mean is taken."""
+    return self.parts[self.action_model.policy_head].action_attention(batch, generator, values=values)
 
 
 def use_head(
