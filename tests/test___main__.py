@@ -62,6 +62,11 @@ MISTAKES = {
         "wrong": (["--config_yaml", str(RUN)], "datasets.vlm_data is missing"),
         "no file": (["--config_yaml", "nowhere.yaml"], "nowhere.yaml"),
     },
+    "adapt": {
+        "missing": ([], "--config_yaml"),
+        "wrong": (["--config_yaml", str(RUN)], "rl.policy"),
+        "no file": (["--config_yaml", "nowhere.yaml"], "nowhere.yaml"),
+    },
     "serve": {
         "missing": ([], "--checkpoint"),
         "wrong": (["--checkpoint", str(RUN), "--host", "0.0.0.0"], "so the server needs a key"),
@@ -298,6 +303,7 @@ FILES = [
     "evaluation/program",
     "evaluation/report",
     "evaluation/merge",
+    "rl/adapt",
     "serving/policy",
     "serving/server",
     "serving/exported",

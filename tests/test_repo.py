@@ -54,6 +54,8 @@ CROSS_CUTTING = {
     "serving/test_commands.py": "server, client and policy: the commands on their pages",
     "training/test_own_robot.py": "the notebook of a training, with a robot that no simulator has",
     "training/test_own_code.py": "a file that a configuration imports: trained, continued, served",
+    "test_docs.py": "the documentation: what is pasted from it, its links, its reference",
+    "test_guides.py": "the pages for those who come from other codebases",
     "test_grid.py": "every backbone with every head that can read it",
     "test_notebooks.py": "every notebook",
     "test_programs.py": "every component's module, run as a program",
@@ -163,6 +165,13 @@ def test_export_and_clean_change_nothing(tmp_path, monkeypatch):
     assert not changed, f"stale: run `make format` and commit {changed}"
 
 
+# Experiments on runs that exist: they have no configuration to change.
+WITHOUT_CONFIG = {
+    "live": {"server", "run", "dataset", "episode", "every", "requests", "seed"},
+    "faithfulness": {"runs", "dataset", "report_episodes", "choice_episodes", "frames_per_episode"},
+}
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_an_experiment_has_one_parameters_cell(path):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -170,8 +179,8 @@ def test_an_experiment_has_one_parameters_cell(path):
     assert len(tagged) == 1
     names = {t.id for node in ast.parse("".join(tagged[0]["source"])).body for t in node.targets}
     several = {"processes", "accelerate_config"}  # of a training on several processes
-    if path.stem == "live":  # asks a server, which has no configuration to change
-        assert names == {"server", "run", "dataset", "episode", "every", "requests", "seed"}
+    if path.stem in WITHOUT_CONFIG:
+        assert names == WITHOUT_CONFIG[path.stem]
         return
     assert names - several == {"config", "overrides", "output"} and names & several in (set(), several)
 

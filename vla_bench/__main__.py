@@ -19,6 +19,7 @@ from .registry import install_hint
 COMMANDS = {
     "train": ("vla_bench.training.imitation", "train a framework on demonstrations"),
     "cotrain": ("vla_bench.training.cotrain", "train a framework on demonstrations and conversations"),
+    "adapt": ("vla_bench.rl.adapt", "adapt a run's policy by reinforcement learning in its simulator"),
     "serve": ("vla_bench.serving.server", "serve a run's policy over a websocket"),
     "launch": ("vla_bench.training.submit", "run a notebook as a job, here or on a SLURM cluster"),
     "vlm": ("vla_bench.training.vlm", "train a backbone on conversations alone"),

@@ -38,7 +38,9 @@ def numbers(run):
 
 
 def tensors(checkpoint):
-    found = {name: load_file(checkpoint / name) for name in ("model.safetensors", "trainer/beside.safetensors")}
+    found = {
+        name: load_file(checkpoint / name) for name in ("model.safetensors", "trainer/beside.safetensors")
+    }
     state = torch.load(checkpoint / "trainer/optimizer.pt", weights_only=True)["optimizer"]["state"]
     return {**{f"{n}/{k}": v for n, each in found.items() for k, v in each.items()},
             **{f"{n}/{k}": v for n, each in state.items() for k, v in each.items()}}  # fmt: skip
@@ -46,7 +48,9 @@ def tensors(checkpoint):
 
 @pytest.mark.parametrize("learns", ["grpo", "ppo", "backbone"])
 def test_an_interrupted_run_makes_the_same_next_update(learns, config, rewarded):
-    how = {"grpo": "", "ppo": "--rl.algorithm ppo", "backbone": "--trainer.freeze_modules vlm.model.lm_head"}[learns]
+    how = {"grpo": "", "ppo": "--rl.algorithm ppo", "backbone": "--trainer.freeze_modules vlm.model.lm_head"}[
+        learns
+    ]
     run = train(config(f"--trainer.max_train_steps 3 --trainer.resume true {how}"))
     last, seen = list_checkpoints(run)[-1], numbers(run)
     weights = tensors(last)
@@ -132,14 +136,18 @@ def test_a_collapse_stops_at_the_last_good_checkpoint(
         return plain(adaptation, *what) | ({key: number} if adaptation.run.step == 1 else {key: 0.1})
 
     monkeypatch.setattr(adapt, "update_row", update_row)
-    with pytest.raises(Collapse, match=f"update 2: {key} is {number}, .* rl.{bound}, {limit:g}; .*step_000001"):
+    with pytest.raises(
+        Collapse, match=f"update 2: {key} is {number}, .* rl.{bound}, {limit:g}; .*step_000001"
+    ):
         train(config(f"--run_id lost --rl.{bound} {limit}"))
     assert [path.name for path in list_checkpoints(tmp_path / "lost")] == ["step_000001"]
     ours, theirs = (tensors(run / "checkpoints/step_000001") for run in (tmp_path / "lost", whole))
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
-def test_a_gradient_that_is_no_number_stops_before_the_weights_change(config, rewarded, monkeypatch, tmp_path):
+def test_a_gradient_that_is_no_number_stops_before_the_weights_change(
+    config, rewarded, monkeypatch, tmp_path
+):
     monkeypatch.setattr(adapt, "decisions_loss", lambda found, *_: found["log_prob"].sum() * float("nan"))
     with pytest.raises(FloatingPointError, match="the gradient's norm is nan in update 1"):
         train(config())

@@ -17,7 +17,12 @@ from vla_bench.serving.policy import Policy
 
 LLAVA = Path(__file__).parents[1] / "fixtures/version_0_1/runs/llava"
 SETTINGS = EvaluationSettings("point", n_action_steps=2, max_steps=13)
-ASKED = [Asked(task, seed, 10 * seed + n, seed) for seed in (3, 4) for task in ("reach-red", "reach-blue") for n in (0, 1)]
+ASKED = [
+    Asked(task, seed, 10 * seed + n, seed)
+    for seed in (3, 4)
+    for task in ("reach-red", "reach-blue")
+    for n in (0, 1)
+]
 
 
 @pytest.fixture
@@ -55,7 +60,9 @@ def assert_same(ours, theirs):
 
 
 def test_two_simulators_play_what_one_plays(player):
-    assert_same(play(player(), PointReach(max_steps=13)), play(player(), PointReach(max_steps=13), num_envs=2))
+    assert_same(
+        play(player(), PointReach(max_steps=13)), play(player(), PointReach(max_steps=13), num_envs=2)
+    )
 
 
 def test_a_batch_changes_nothing_that_a_decision_depends_on(player):

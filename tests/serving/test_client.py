@@ -6,15 +6,21 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vla_bench.evaluation.rollout import EvaluationSettings, evaluate
 from vla_bench.serving.checks import message_from
 from vla_bench.serving.client import ClientEpisode, PolicyClient, RefusedError, ServerError, pause
+from vla_bench.serving.policy import Policy
 from vla_bench.serving.protocol import ProtocolError
 from vla_bench.serving.server import serve_in_thread
 from vla_bench.serving.session import prediction_seed
+
+RUN = Path(__file__).parents[1] / "fixtures" / "version_0_1" / "runs" / "llava"
 
 
 def test_the_client_needs_no_torch():
@@ -179,6 +185,42 @@ def test_an_episode_counts_its_predictions(toy):
         episode = ClientEpisode(client, seed=5)
         seeds = [episode.predict(observation())[0, 1] for _ in range(3)]
     assert seeds == [prediction_seed(5, number) for number in range(3)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 9])
+def test_questions_that_are_asked_together_get_their_own_answers(toy, count):
+    policy_class, observation = toy
+    policy = policy_class(seconds=0.02)
+    with serve_in_thread(policy, max_wait_ms=500.0) as server, PolicyClient(server.url) as client:
+        found = client.predict_batch([observation(10 * row) for row in range(count)], range(100, 100 + count))
+        assert len(client.others) == max(min(count, 4) - 1, 0)
+    assert [chunk[0].tolist() for chunk in found] == [[10 * row + 0.25, 100 + row] for row in range(count)]
+    assert sum(policy.batches) == count and max(policy.batches, default=0) == min(count, 4)
+    assert not client.others
+
+
+def test_a_further_connection_asks_no_other_policy(toy, monkeypatch):
+    policy_class, observation = toy
+    with serve_in_thread(policy_class()) as server, PolicyClient(server.url) as client:
+        client.fingerprint = "the one before"
+        with pytest.raises(ConnectionError, match="served the policy the one before and serves toy now"):
+            client.predict_batch([observation(1), observation(2)], [0, 1])
+
+
+def test_an_evaluation_in_batches_over_a_server_is_that_of_one_process(tmp_path):
+    settings = EvaluationSettings(
+        benchmark="point", episodes=2, n_action_steps=2, max_steps=4, batch_size=4, num_envs=2
+    )
+    policy = Policy.from_pretrained(RUN, batch_size=4)
+    evaluate(policy, None, settings, tmp_path / "here", show_progress=False)
+    with serve_in_thread(policy) as server, PolicyClient(server.url) as client:
+        evaluate(client, None, settings, tmp_path / "there", show_progress=False)
+        with pytest.raises(
+            ValueError, match="evaluation.batch_size is 2, but the policy was loaded with batch_size=4"
+        ):
+            evaluate(client, None, replace(settings, batch_size=2), tmp_path / "other", show_progress=False)
+    for name in ("episodes.jsonl", "summary.json"):
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
 
 
 def test_another_kind_of_server_is_not_taken_for_one(toy):

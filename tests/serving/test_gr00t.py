@@ -185,8 +185,12 @@ def test_the_history_may_be_sent_or_left_to_the_server(toy):
         "language": ({"language": {"task": [["  "]]}}, "language/task"),
         "none": ({"video": None}, "observation/video"),
         "section": ({"audio": {"a": 1}}, "audio"),
+        "old chunk": (
+            {"action": {"action": np.zeros((1, 4, 2))}},
+            "GR00T's protocol has no field for the chunk",
+        ),
     }.values(),
-    ids=("camera", "size", "state", "not finite", "language", "none", "section"),
+    ids=("camera", "size", "state", "not finite", "language", "none", "section", "old chunk"),
 )
 def test_an_error_names_the_field(toy, change, told):
     policy_class, observation = toy
@@ -195,6 +199,9 @@ def test_an_error_names_the_field(toy, change, told):
         answer = client.call("get_action", data)
         assert answer["code"] == "refused" and told in answer["error"] and "Traceback" not in answer["error"]
         assert client.get_action(theirs(observation()))[0]["action"].shape == (1, 4, 2)  # and goes on
+        data = {"observation": theirs(observation()), "options": {"rtc_frozen_steps": 2}}
+        said = client.call("get_action", data)["error"]
+        assert said.startswith("'rtc_frozen_steps': GR00T's protocol has no field for the chunk")
 
 
 def test_what_is_no_request_is_answered_with_an_error(toy):

@@ -19,6 +19,7 @@ from vla_bench.serving.real_time import (
     Prefix,
     RealTime,
     RealTimeRunner,
+    check_prefix,
     check_times,
     prefix_message,
     prefix_weights,
@@ -70,10 +71,12 @@ def make_policy(tmp_path_factory):
     }
     write_tiny("qwen2_5_vl", folder, corpus=["go"], **tiny)
 
-    def make(name="GR00T", **options):
+    def make(name="GR00T", head=None, **options):
         torch.manual_seed(0)
         section = {"name": name, "vlm": {"base_vlm": str(folder)}, "action_horizon": H}
-        model = build_framework(section | {"action_model": HEADS[name]}, action_dim=2, state_dim=1)
+        model = build_framework(
+            section | {"action_model": HEADS[name] | (head or {})}, action_dim=2, state_dim=1
+        )
         with torch.no_grad():
             for parameter in model.action_model.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
@@ -146,6 +149,26 @@ def test_a_prefix_travels_through_server_and_client(policy, method):
     with serve_in_thread(policy) as server, PolicyClient(server.url) as client:
         served = client.predict(seen(), seed=1, prefix=prefix)
     assert served.tobytes() == policy.predict(seen(), seed=1, prefix=prefix).tobytes()
+
+
+@pytest.mark.parametrize(
+    "name, methods, delay", [("GR00T", ("trained", "guided", "ramp"), 3), ("OFT", (), 0)]
+)
+def test_the_handshake_says_what_a_policy_takes(make_policy, name, methods, delay):
+    policy = make_policy(name)
+    with serve_in_thread(policy) as server, PolicyClient(server.url) as client:
+        assert (client.prefix_methods, client.prefix_delay) == (methods, delay)
+    assert (policy.prefix_methods, policy.prefix_delay) == (methods, delay)
+
+
+def test_a_head_that_was_not_trained_with_a_delay_is_not_offered_as_such(make_policy):
+    policy = make_policy("GR00T", head={"rtc_max_delay": 0})
+    assert (policy.prefix_methods, policy.prefix_delay) == (("guided", "ramp"), 0)
+
+
+def test_policies_without_a_network_offer_no_prefix():
+    with serve_in_thread(RandomPolicy(SPEC)) as server, PolicyClient(server.url) as client:
+        assert (client.prefix_methods, client.prefix_delay) == ((), 0)
 
 
 def test_a_longer_delay_than_was_trained_is_refused(policy):
@@ -235,14 +258,41 @@ def test_the_prefix_of_a_clock_is_what_is_left():
     assert (prefix.delay, prefix.steps, prefix.method, prefix.slope) == (2, 4, "ramp", "ones")
 
 
-def test_a_chunk_that_ends_too_soon_is_not_asked_for():
+@pytest.mark.parametrize("at, left", [(6, 2), (7, 1)])
+def test_of_a_chunk_that_ends_too_soon_all_that_is_left_is_decided(at, left):
+    clock = RealTime(8, 2, 3)
+    clock.begin()
+    clock.add(np.arange(8.0)[:, None])
+    clock.now = at
+    prefix = clock.prefix("guided")
+    assert (prefix.delay, prefix.steps, prefix.actions.ravel().tolist()) == (left, at, [6.0, 7.0][-left:])
+    check_prefix(prefix, 8, 1)
+
+
+def test_of_a_chunk_that_is_over_there_is_no_prefix():
     clock = RealTime(8, 2, 3)
     clock.begin()
     clock.add(np.zeros((8, 1)))
-    clock.now = 7
-    with pytest.raises(ConfigError, match="2 to 6"):
-        clock.prefix("guided")
-    assert clock.looked is None
+    clock.now = 8
+    assert clock.is_over and clock.prefix("guided") is None and clock.looked == 8
+    with pytest.raises(IndexError, match="no chunk reaches this control step"):
+        clock.take()
+    assert clock.add(np.ones((8, 1))) and clock.take() == 1
+
+
+@pytest.mark.parametrize("late", [1, 2, 3, 4])
+@pytest.mark.parametrize("method", [None, "guided"])
+def test_a_robot_recovers_from_late_chunks(late, method):
+    """Each action is the one for its control step, although so many chunks in a row are thrown away."""
+    server = DelayedServer(
+        lambda now, prefix: now + np.arange(12.0)[:, None], lambda look: 4 if 0 < look <= late else 2
+    )
+    runner, discarded = RealTimeRunner(RealTime(12, 2, 4), server, method), []
+    for now in range(60):
+        assert runner.act(now) == now
+        discarded.append(runner.clock.late)
+    assert max(discarded) == 1  # after a second one the old chunk is over, and the robot waits for the next
+    assert runner.clock.waits == (late > 1) and discarded[-1] == 0
 
 
 def test_late_chunks_are_discarded_and_five_in_a_row_are_an_error():

@@ -43,12 +43,37 @@ from .settings import RLSettings, check_scenes, group_attempts
 from .stochastic import stochastic
 from ..serving.policy import Policy, load_normalizers, robot_spec
 from ..training.best import RATE, note_best
-from ..training.checkpoint import BESIDE, check_checkpoint, find_checkpoint, latest_checkpoint, load_progress, load_trainer, rng_state, save_checkpoint
-from ..training.imitation import due, leave, learning_rates, open_log, progress_bar, run_program, show_parts
+from vla_bench.training.checkpoint import (
+    BESIDE,
+    check_checkpoint,
+    find_checkpoint,
+    latest_checkpoint,
+    load_progress,
+    load_trainer,
+    rng_state,
+    save_checkpoint,
+)
+from vla_bench.training.imitation import (
+    due,
+    leave,
+    learning_rates,
+    open_log,
+    progress_bar,
+    run_program,
+    show_parts,
+)
 from ..training.optim import freeze_modules, parameter_groups, parts_table
 from ..training.optimizers import build_optimizer
 from ..training.retention import remove_superfluous
-from ..training.run import Run, RunSettings, TrainerSettings, find_resume, finish, make_accelerator, start_folder
+from vla_bench.training.run import (
+    Run,
+    RunSettings,
+    TrainerSettings,
+    find_resume,
+    finish,
+    make_accelerator,
+    start_folder,
+)
 from ..training.schedule import make_schedule
 from ..training.sharding import Gathered
 from ..training.stopping import agreed, stop_requests
@@ -65,7 +90,9 @@ def check_trainer(settings: TrainerSettings) -> None:
     plain = {f.name: f.default for f in fields(TrainerSettings)}
     for name in MEANINGLESS:
         if vars(settings)[name] != plain[name]:
-            raise ConfigError(f"trainer.{name}: an adaptation by reinforcement learning does not read it; take it out")
+            raise ConfigError(
+                f"trainer.{name}: an adaptation by reinforcement learning does not read it; take it out"
+            )
 
 # %% ../../nbs/rl/70_adapt.ipynb #rlada010
 def denoising_steps(framework: Framework) -> int | None:  # None for a head that draws at once
@@ -77,7 +104,9 @@ def set_denoising_steps(framework: Framework, steps: int) -> None:
     """Makes the head take so many, here and wherever a checkpoint of it is loaded. Raises `ConfigError`."""
     head = framework.action_model
     if denoising_steps(framework) is None:
-        raise ConfigError(f"rl.denoising_steps is {steps}, but the head {type(head).__name__} takes no such steps; take it out")
+        raise ConfigError(
+            f"rl.denoising_steps is {steps}, but the head {type(head).__name__} takes no such steps; take it out"
+        )
     head.steps = steps
     section = dict(framework.config["action_model"])
     framework.config["action_model"] = section | {"num_inference_timesteps": steps}
@@ -113,7 +142,9 @@ class Adaptation:
     player: SamplingPolicy
     collector: Collector
     tasks: list[str]
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))  # so far, of all processes
+    counts: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(COUNTED, 0)
+    )  # so far, of all processes
 
 
 COUNTED = ("groups", "episodes", "env_steps", "left_out", "retried")
@@ -148,7 +179,9 @@ def make_learners(
     value = None
     if settings.algorithm == "ppo":
         if framework.reads == "tokens":
-            raise ConfigError("rl.algorithm: ppo needs features for its value head, and a head of tokens gives none; use grpo")
+            raise ConfigError(
+                "rl.algorithm: ppo needs features for its value head, and a head of tokens gives none; use grpo"
+            )
         value = ValueHead(framework.action_model.sizes, settings.value_hidden_size)
     other.load_state_dict(other.state_dict() | own_weights(head))
     reference = Learner(None if only_head_learns(framework) else first, other, None)
@@ -170,7 +203,10 @@ def make_rl_optimizer(
     noise = [p for p in learner.head.parameters() if p.requires_grad and id(p) not in known]
     value = list(learner.value.parameters()) if learner.value else []
     rate = max(group["lr"] for group in groups if group["params"])
-    for name, parameters, lr in (("exploration", noise, rate), ("value", value, settings.value_learning_rate)):
+    for name, parameters, lr in (
+        ("exploration", noise, rate),
+        ("value", value, settings.value_learning_rate),
+    ):
         if parameters:
             groups.append({"params": parameters, "lr": lr, "weight_decay": 0.0, "name": name})
     optimizer = build_optimizer(groups, trainer.optimizer, trainer.optimizer_args, trainer.betas)
@@ -201,7 +237,12 @@ def save(adaptation: Adaptation) -> None:
     run = adaptation.run
     accelerator, rng = run.accelerator, gather_object([rng_state()])
     if accelerator.is_main_process:
-        told = {"step": run.step, "seed": run.seed, "processes": accelerator.num_processes, "samples_per_step": {}}
+        told = {
+            "step": run.step,
+            "seed": run.seed,
+            "processes": accelerator.num_processes,
+            "samples_per_step": {},
+        }
         told |= {"config": run.configuration, "counts": adaptation.counts, "protocol": protocol(adaptation)}
         save_checkpoint(
             run.folder,
@@ -222,11 +263,17 @@ def restore(adaptation: Adaptation, checkpoint: Path, optimizer: torch.optim.Opt
     """Everything that a checkpoint has besides the framework. Raises `ValueError` when it is another run's."""
     run, saved = adaptation.run, load_progress(checkpoint)
     now = {"seed": run.seed, "protocol": protocol(adaptation)}
-    if odd := [f"{name} was {saved.get(name)!r}, is {value!r}" for name, value in now.items() if saved.get(name) != value]:
+    if odd := [
+        f"{name} was {saved.get(name)!r}, is {value!r}"
+        for name, value in now.items()
+        if saved.get(name) != value
+    ]:
         raise ValueError(f"{checkpoint} cannot be continued: {'; '.join(odd)}")
     run.step, adaptation.counts = saved["step"], dict(saved["counts"])
     own = run.accelerator.process_index if saved["processes"] == run.accelerator.num_processes else None
-    load_trainer(checkpoint, optimizer=optimizer, scheduler=run.scheduler, rank=own, load=run.sharding.load_optimizer)
+    load_trainer(
+        checkpoint, optimizer=optimizer, scheduler=run.scheduler, rank=own, load=run.sharding.load_optimizer
+    )
     path = checkpoint / BESIDE
     with naming(path):
         beside = load_file(path) if path.is_file() else {}
@@ -238,7 +285,11 @@ def set_up(cfg: Config) -> Adaptation:
     cfg.require_sections()
     trainer, settings, evaluation = (
         cfg.section(name).into(kind)
-        for name, kind in (("trainer", TrainerSettings), ("rl", RLSettings), ("evaluation", EvaluationSettings))
+        for name, kind in (
+            ("trainer", TrainerSettings),
+            ("rl", RLSettings),
+            ("evaluation", EvaluationSettings),
+        )
     )
     check_trainer(trainer)
     check_scenes(settings, evaluation, trainer)
@@ -263,7 +314,9 @@ def set_up(cfg: Config) -> Adaptation:
     parts = parts_table(framework, optimizer.param_groups)
     sharding = distribute(accelerator, learner, optimizer, trainer)
     if sharding.mode != "whole":
-        raise ConfigError(f"reinforcement learning acts with whole weights in each process; {sharding.mode} shares them out, use DDP")
+        raise ConfigError(
+            f"reinforcement learning acts with whole weights in each process; {sharding.mode} shares them out, use DDP"
+        )
     reference.to(accelerator.device)
     trained = accelerator, framework, sharding.model, sharding.optimizer, scheduler, {}, sharding
     run = Run(folder, top.seed, trainer, None, spec, *trained, parts=parts, trackers=trackers)
@@ -332,7 +385,10 @@ def play_groups(adaptation: Adaptation, count: int) -> list[list[Episode]]:
     asked = [each for n in own for each in group_attempts(adaptation.settings, adaptation.tasks, run.seed, n)]
     with run.accelerator.autocast():
         episodes = adaptation.collector.play(adaptation.player, asked)
-    steps, left_out, retried = (sum(map(of, episodes)) for of in (lambda e: e.steps, lambda e: e.reward is None, lambda e: e.trials > 1))
+    steps, left_out, retried = (
+        sum(map(of, episodes))
+        for of in (lambda e: e.steps, lambda e: e.reward is None, lambda e: e.trials > 1)
+    )
     found = total(run, len(episodes), steps, left_out, retried)
     for name, more in zip(COUNTED, [count, *found]):
         counts[name] += int(more)
@@ -358,7 +414,12 @@ def play(adaptation: Adaptation) -> Played:
         good = [group for group in groups if is_kept(group, settings)]
         rewards = [episode.reward for group in groups for episode in group]
         more = total(adaptation.run, len(good), sum(rewards), len(rewards))
-        found, successes, valid, tried = found + int(more[0]), successes + more[1], valid + more[2], tried + count
+        found, successes, valid, tried = (
+            found + int(more[0]),
+            successes + more[1],
+            valid + more[2],
+            tried + count,
+        )
         kept += good
     row = {f"rl/{name}": float(value - before[name]) for name, value in adaptation.counts.items()}
     row |= {"rl/groups_kept": float(found), "rl/total_env_steps": float(adaptation.counts["env_steps"])}
@@ -401,14 +462,18 @@ def credit(adaptation: Adaptation, groups: Sequence[Sequence[Episode]]) -> Batch
     if settings.algorithm == "ppo":
         values = in_batches(adaptation.learner, decisions, size)["value"]
         parts = values.split([len(e.decisions) for e in episodes])
-        advantages, returns = map(torch.cat, zip(*(expected(e, own, settings) for e, own in zip(episodes, parts))))
+        advantages, returns = map(
+            torch.cat, zip(*(expected(e, own, settings) for e, own in zip(episodes, parts)))
+        )
         return Batch(decisions, normalised(advantages), drawn, reference, values, returns)
     each = torch.cat([compared(group, settings)[0] for group in groups])
     lengths = torch.tensor([len(e.decisions) for e in episodes])
     return Batch(decisions, each.repeat_interleave(lengths).to(drawn.device), drawn, reference, None, None)
 
 # %% ../../nbs/rl/70_adapt.ipynb #rlada028
-def decisions_loss(found: Mapping[str, Tensor], batch: Batch, part: Tensor, settings: RLSettings) -> Tensor:  # scalar
+def decisions_loss(
+    found: Mapping[str, Tensor], batch: Batch, part: Tensor, settings: RLSettings
+) -> Tensor:  # scalar
     """The mean loss of the decisions of a micro-batch."""
     log_prob = found["log_prob"]
     bounds = {"clip_low": settings.clip_low, "clip_high": settings.clip_high, "dual_clip": settings.dual_clip}
@@ -423,7 +488,9 @@ def decisions_loss(found: Mapping[str, Tensor], batch: Batch, part: Tensor, sett
     return loss
 
 
-def optimizer_step(adaptation: Adaptation, batch: Batch, parts: Sequence[Any]) -> float:  # the gradient's norm
+def optimizer_step(
+    adaptation: Adaptation, batch: Batch, parts: Sequence[Any]
+) -> float:  # the gradient's norm
     """One step on the micro-batches of this process. Raises `FloatingPointError`, with the weights untouched."""
     run, norm = adaptation.run, math.nan
     count = max(total(run, sum(len(part) for part in parts))[0], 1.0)
@@ -446,18 +513,27 @@ def optimizer_step(adaptation: Adaptation, batch: Batch, parts: Sequence[Any]) -
 def learn(adaptation: Adaptation, batch: Batch) -> dict[str, float]:
     """All passes over a batch; the numbers of the update, over all processes."""
     run, settings, started = adaptation.run, adaptation.settings, time.perf_counter()
-    own, each, accumulation = len(batch.decisions), run.settings.per_device_batch_size, run.settings.gradient_accumulation_steps
+    own, each, accumulation = (
+        len(batch.decisions),
+        run.settings.per_device_batch_size,
+        run.settings.gradient_accumulation_steps,
+    )
     rank, processes = run.accelerator.process_index, run.accelerator.num_processes
     everyone, least = total(run, own)[0], int(run.accelerator.gather(torch.tensor([own])).min())
     row = {"rl/decisions": everyone}
-    if not least:
-        return row  # nothing that says anything was found, here or in another process
+    if not least:  # nothing that says anything was found, here or in another process
+        run.optimizer.step()  # without gradients, it changes nothing
+        return row
     steps, norms = max(1, round(everyone / (each * accumulation * processes))), []
     for epoch in range(settings.epochs):
         for parts in parts_of_epoch(own, steps, accumulation, [run.seed, run.step, epoch, rank]):
             norms.append(optimizer_step(adaptation, batch, parts))
     after = in_batches(adaptation.learner, batch.decisions, each)
-    return row | update_row(adaptation, batch, after) | {"grad_norm": max(norms), "learn_s": time.perf_counter() - started}
+    return (
+        row
+        | update_row(adaptation, batch, after)
+        | {"grad_norm": max(norms), "learn_s": time.perf_counter() - started}
+    )
 
 
 def update_row(adaptation: Adaptation, batch: Batch, after: Mapping[str, Tensor]) -> dict[str, float]:
@@ -465,7 +541,10 @@ def update_row(adaptation: Adaptation, batch: Batch, after: Mapping[str, Tensor]
     settings, log_prob = adaptation.settings, after["log_prob"]
     ratio = (log_prob - batch.log_probs).exp()
     beyond = (ratio < 1 - settings.clip_low) | (ratio > 1 + settings.clip_high)
-    shown = {"rl/kl": kl_k3(log_prob, batch.reference), "rl/update_kl": kl_k3(log_prob, batch.log_probs, of="second")}
+    shown = {
+        "rl/kl": kl_k3(log_prob, batch.reference),
+        "rl/update_kl": kl_k3(log_prob, batch.log_probs, of="second"),
+    }
     shown |= {"rl/beyond_clip": beyond.float(), "rl/advantage": batch.advantages.abs()}
     shown |= {"rl/entropy": after["entropy"]} if "entropy" in after else {}
     shown |= {"rl/value_error": (after["value"] - batch.returns) ** 2} if "value" in after else {}
@@ -488,7 +567,9 @@ def check_update(adaptation: Adaptation, row: Mapping[str, float]) -> None:
     if wrong:
         newest = latest_checkpoint(run.folder)
         stands = f"the last good policy is {newest or run.folder / 'reference'}"
-        raise Collapse(f"update {run.step + 1}: {wrong[0]}; {stands}; go on from it with smaller steps: --run_id NAME --rl.policy …")
+        raise Collapse(
+            f"update {run.step + 1}: {wrong[0]}; {stands}; go on from it with smaller steps: --run_id NAME --rl.policy …"
+        )
 
 
 def update(adaptation: Adaptation) -> dict[str, float]:

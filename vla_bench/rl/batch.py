@@ -61,7 +61,9 @@ class ValueHead(nn.Module):
         """One number per sample."""
         hidden, mask = features.hidden.detach().float(), features.mask[..., None].float()
         prompt = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-        extra = hidden[:, hidden.shape[1] - features.num_extra :].mean(1) if features.num_extra else 0 * prompt
+        extra = (
+            hidden[:, hidden.shape[1] - features.num_extra :].mean(1) if features.num_extra else 0 * prompt
+        )
         state = [features.state.float()] if self.state_dim else []
         return self.layers(torch.cat([prompt, extra, *state], -1))[:, 0]
 

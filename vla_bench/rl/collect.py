@@ -9,9 +9,8 @@ __all__ = ['TOKEN_AXIS', 'combined', 'feature_row', 'pad_left', 'join_features',
            'reward_of', 'Episode', 'episode_of', 'Asked', 'Collector']
 
 # %% ../../nbs/rl/50_collect.ipynb #rlcol003
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ from ..data.view import robot_dims
 from ..evaluation.rollout import EvaluationSettings, Rollout, run_rollouts
 from ..evaluation.workers import EpisodeSpec, StepResult, open_workers
 from ..models.features import Features
-from ..models.frameworks.framework import Framework
 from .stochastic import ChunkSample, StochasticHead
 from ..serving.checks import check_state
 from ..serving.policy import Policy, check_predicted_batch, sample_from
@@ -45,7 +43,9 @@ def combined(
             return tuple(made(name, inner) for inner in zip(*parts, strict=True))
         return change(name, *parts) if isinstance(parts[0], Tensor) else parts[0]
 
-    return Features(**{f.name: made(f.name, [vars(each)[f.name] for each in features]) for f in fields(Features)})
+    return Features(
+        **{f.name: made(f.name, [vars(each)[f.name] for each in features]) for f in fields(Features)}
+    )
 
 
 def feature_row(features: Features, row: int) -> Features:
@@ -202,9 +202,7 @@ class Attempt(Rollout):
 
     def again(self, failure: str) -> "Attempt":
         """The same attempt from its beginning."""
-        fresh = Attempt(
-            self.policy, self.episode_spec, self.settings, self.max_steps, self.noise, self.group
-        )
+        fresh = Attempt(self.policy, self.episode_spec, self.settings, self.max_steps, self.noise, self.group)
         fresh.failures = [*self.failures, failure]
         return fresh
 

@@ -51,7 +51,9 @@ class RLSettings:
     value_hidden_size: int = 128
     max_kl: float = 10.0  # nats per chunk to the policy at the beginning; beyond, the run stops
     min_entropy: float | None = None  # nats per chunk; below, the run stops
-    denoising_steps: int | None = None  # of a flow head, in learning and in evaluation; null: as it was trained
+    denoising_steps: int | None = (
+        None  # of a flow head, in learning and in evaluation; null: as it was trained
+    )
 
     def __post_init__(self):
         require(self.algorithm in ALGORITHMS, "rl.algorithm", f"one of {list(ALGORITHMS)}", self.algorithm)
@@ -68,10 +70,14 @@ class RLSettings:
 def _check_groups(settings: RLSettings) -> None:
     """Raises `ConfigError` for groups from which nothing can be learned."""
     if settings.algorithm == "grpo":
-        require(settings.group_size > 1, "rl.group_size", "2 or more: GRPO compares attempts", settings.group_size)
+        require(
+            settings.group_size > 1, "rl.group_size", "2 or more: GRPO compares attempts", settings.group_size
+        )
     low, high = settings.success_range
     fits = is_number(low) and is_number(high) and 0 <= low < high <= 1
-    require(fits, "rl.success_range", "two numbers in [0, 1], the smaller first", list(settings.success_range))
+    require(
+        fits, "rl.success_range", "two numbers in [0, 1], the smaller first", list(settings.success_range)
+    )
     section = settings.exploration
     fits = section is None or isinstance(section, Mapping)
     require(fits, "rl.exploration", "a section such as {std: 0.1}", section)
@@ -83,7 +89,12 @@ def _check_numbers(settings: RLSettings) -> None:
     for name in ("discount", "gae_lambda"):
         value = vars(settings)[name]
         require(is_number(value) and 0 <= value <= 1, f"rl.{name}", unit, value)
-    require(is_number(settings.clip_low) and 0 < settings.clip_low < 1, "rl.clip_low", "a number in (0, 1)", settings.clip_low)
+    require(
+        is_number(settings.clip_low) and 0 < settings.clip_low < 1,
+        "rl.clip_low",
+        "a number in (0, 1)",
+        settings.clip_low,
+    )
     for name in ("clip_high", "value_clip", "max_kl"):
         value = vars(settings)[name]
         require(is_number(value) and value > 0, f"rl.{name}", "a positive, finite number", value)

@@ -210,6 +210,8 @@ def handshake(
     spec: PolicySpec,
     fingerprint: str,
     batch_size: int = 1,  # to which every batch is filled up, see `Policy`
+    prefix_methods: Sequence[str] = (),  # by which a new chunk can be held to an old one
+    prefix_delay: int = 0,  # the largest of the method `trained`
 ) -> dict[str, Any]:
     """What a server says first, as plain values."""
     sizes, wrists = set(image_sizes(spec)), [camera for camera in spec.cameras if "wrist" in camera.lower()]
@@ -227,4 +229,5 @@ def handshake(
     }
     own = {"server": "vla_bench", "version": vla_bench.__version__, "fingerprint": fingerprint}
     names = {field: names[0] for field, names in wire_names(spec).items()}
-    return {**own, "batch_size": batch_size, "policy": spec_to_dict(spec), "observation": names, **family}
+    own |= {"batch_size": batch_size, "prefix_methods": list(prefix_methods), "prefix_delay": prefix_delay}
+    return {**own, "policy": spec_to_dict(spec), "observation": names, **family}

@@ -12,7 +12,8 @@ import json
 import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,11 @@ class PolicyClient:
         self.connect_s, self.timeout_s = connect_s, timeout_s
         self.connection: ClientConnection | None = None
         self.lock = threading.Lock()  # one question at a time
+        self.others: list[PolicyClient] = []  # further connections, for questions that are asked together
         self.handshake = self.connect()
+        self.batch_size = self.handshake.get("batch_size", 1)  # of the server's policy
+        self.prefix_methods = tuple(self.handshake.get("prefix_methods", ()))  # empty: it takes no prefix
+        self.prefix_delay = self.handshake.get("prefix_delay", 0)  # the largest of `trained`
         self.spec = spec_from_dict(self.handshake["policy"], f"the policy of {url}")
         self.fingerprint = self.handshake["fingerprint"]
 
@@ -81,6 +86,8 @@ def close(self: PolicyClient) -> None:
     if self.connection is not None:
         self.connection.close()
     self.connection = None
+    while self.others:
+        self.others.pop().close()
 
 # %% ../../nbs/serving/10_client.ipynb #eabec3d0
 @patch
@@ -204,6 +211,37 @@ def attention(self: PolicyClient, observation: Mapping[str, Any]) -> None:
     raise ValueError(
         "attention maps are not served; evaluate the run in one process, or set evaluation.attention=false"
     )
+
+# %% ../../nbs/serving/10_client.ipynb #batchcl2
+@patch
+def another(self: PolicyClient) -> PolicyClient:
+    """A further connection. Raises `ConnectionError` when another policy is served there."""
+    options = {"connect_s": self.connect_s, "timeout_s": self.timeout_s, "images": self.images}
+    made = PolicyClient(self.url, api_key=self.api_key, **options)
+    if made.fingerprint != self.fingerprint:
+        made.close()
+        raise ConnectionError(
+            f"{self.url} served the policy {self.fingerprint} and serves {made.fingerprint} now"
+        )
+    return made
+
+
+@patch
+def predict_batch(
+    self: PolicyClient,
+    observations: Sequence[Mapping[str, Any]],  # each as for `predict`
+    seeds: Sequence[int],  # one per observation
+) -> list[np.ndarray]:  # float64 [T, D] each, physical
+    """The chunks of several observations, `batch_size` of them at a time. Raises as `predict` does."""
+    lanes = min(len(observations), self.batch_size)
+    while len(self.others) < lanes - 1:
+        self.others.append(self.another())
+    clients = [self, *self.others][:lanes]
+    ask = lambda row: clients[row % lanes].predict(observations[row], seed=seeds[row])
+    with ThreadPoolExecutor(max(lanes, 1), "ask") as threads:
+        begins = range(0, len(observations), max(lanes, 1))
+        return [chunk for begin in begins
+                for chunk in threads.map(ask, range(begin, min(begin + lanes, len(observations))))]  # fmt: skip
 
 # %% ../../nbs/serving/10_client.ipynb #a22daf57
 class ClientEpisode:

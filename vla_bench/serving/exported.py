@@ -133,7 +133,7 @@ class Noise:
 
     kind: str | None  # "normal" or "uniform"; None: the graph takes none
     shape: tuple[int, ...] = ()  # of one sample
-    continues = False  # see `ActionHead`: a graph is asked for whole chunks
+    continues, rtc_max_delay = False, 0  # see `ActionHead`: a graph is asked for whole chunks
 
     def draw_noise(
         self, batch: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"

@@ -37,7 +37,7 @@ from ..models.frameworks.several import use_head
 from ..registry import suggest
 from .checks import check_cameras, check_state
 from .guidance import guided, ramped
-from .real_time import Prefix, check_prefix, prefix_weights
+from .real_time import METHODS, Prefix, check_prefix, prefix_weights
 from ..settings import get_setting
 from ..timing import timed_part
 from ..training.checkpoint import check_checkpoint, check_finite, find_checkpoint, read_spec
@@ -201,6 +201,19 @@ def group(self: Policy, observation: Mapping[str, Any]) -> tuple:
     return (self.groups[key], held and (held.delay, held.steps, held.method, held.slope))
 
 # %% ../../nbs/serving/20_policy.ipynb #polpre02
+@patch(as_prop=True)
+def prefix_methods(self: Policy) -> tuple[str, ...]:
+    """The methods by which a new chunk can be held to an old one; none where the head predicts a chunk as a whole."""
+    head = self.framework.action_model
+    return METHODS[0 if head.rtc_max_delay else 1 :] if head.continues else ()
+
+
+@patch(as_prop=True)
+def prefix_delay(self: Policy) -> int:
+    """The largest delay that the head was trained with."""
+    return self.framework.action_model.rtc_max_delay if "trained" in self.prefix_methods else 0
+
+
 @patch
 def _old_actions(self: Policy, observation: Mapping[str, Any]) -> np.ndarray:  # float32 [T, the head's D]
     """The prefix as the model would predict it, with zeros behind its end."""

@@ -22,7 +22,7 @@ from typing import Any
 from fastcore.basics import patch
 
 from ..config import require
-from .batching import Answer, Batcher, BusyError, LateError
+from .batching import Answer, Batcher, BusyError, ContinuingPolicy, LateError
 from .checks import handshake, wire_names
 from .protocol import ProtocolError
 from .session import Session
@@ -111,7 +111,9 @@ class Service:
                 f"a field of the observation: {', '.join(wire_names(self.spec))}",
                 field,
             )
-        self.handshake = handshake(policy.spec, policy.fingerprint, policy.batch_size)
+        continues = isinstance(policy, ContinuingPolicy)
+        held = (policy.prefix_methods, policy.prefix_delay) if continues else ()
+        self.handshake = handshake(policy.spec, policy.fingerprint, policy.batch_size, *held)
         self.mailbox: Mailbox | None = None
         batcher.listeners.append(lambda: self.mailbox and self.mailbox.call())
 

@@ -40,7 +40,7 @@ def tint(
 ) -> tuple[np.ndarray, np.ndarray]:  # opacity of the colour above uniform and of that below it
     """How strongly each colour is laid over: none of either at 1 ×."""
     more = np.clip((multiples - 1) / max(top - 1, 1e-6), 0, 1)
-    return opacity * more, 0.6 * opacity * np.clip(1 - multiples, 0, 1)
+    return opacity * more, 0.35 * opacity * np.clip(1 - multiples, 0, 1)
 
 
 def overlay(

@@ -92,7 +92,6 @@ class DiTFlowHead(ActionHead):
     masks_actions = True
     sample_time = staticmethod(sample_time_gr00t)  # training times, 0 is noise
     state_dropout = 0.0  # how often the state is withheld in training
-    rtc_max_delay = 0  # how many first actions may be decided already: see `clean_prefix`
 
     def __init__(
         self,

@@ -95,6 +95,7 @@ class ActionHead(nn.Module):
     # normalised actions outside are cut off; None: any number is read
     input_range: tuple[float, float] | None = None
     continues = False  # whether `sample` takes `prefix`, actions that are decided already, and `steer`
+    rtc_max_delay = 0  # how many first actions may be decided already in training: see `heads.flow`
     offers_attention = False  # whether `attention` tells where the actions look
     offers_attention_steps = (
         False  # whether `attention_steps` tells it per denoising step, layer, head and action

@@ -68,6 +68,12 @@ def continues(self: Heads) -> bool:
 
 
 @patch(as_prop=True)
+def rtc_max_delay(self: Heads) -> int:
+    """How many first actions of the policy's head may be decided already."""
+    return self.chosen.rtc_max_delay
+
+
+@patch(as_prop=True)
 def offers_attention(self: Heads) -> bool:
     """Whether the policy's head tells where the actions look."""
     return self.chosen.offers_attention
