@@ -488,6 +488,8 @@ BENCHMARKS = Registry(
     "vla_bench.benchmarks",
     {
         "metaworld": Known("vla_bench.benchmarks.metaworld", ("MetaWorld",)),
+        "metaworld_mt50_lerobot": Known("vla_bench.benchmarks.metaworld_mt50"),
+        "metaworld_mt50_starvla": Known("vla_bench.benchmarks.metaworld_mt50"),
         "libero_spatial": Known("vla_bench.benchmarks.libero"),
         "libero_object": Known("vla_bench.benchmarks.libero"),
         "libero_goal": Known("vla_bench.benchmarks.libero"),
