@@ -166,8 +166,24 @@ def test_an_experiment_has_one_parameters_cell(path):
     assert len(tagged) == 1
     names = {t.id for node in ast.parse("".join(tagged[0]["source"])).body for t in node.targets}
     several = {"processes", "accelerate_config"}  # of a training on several processes
-    if path.stem == "live":  # asks a server, which has no configuration to change
-        assert names == {"server", "run", "dataset", "episode", "every", "requests", "seed"}
+    asked = {
+        "run",
+        "benchmark",
+        "tasks",
+        "episodes",
+        "first_seed",
+        "delays",
+        "steps",
+        "methods",
+        "max_steps",
+        "output",
+    }
+    own = {  # notebooks that ask a policy, which has no configuration to change
+        "live": {"server", "run", "dataset", "episode", "every", "requests", "seed"},
+        "real_time": asked,
+    }
+    if path.stem in own:
+        assert names == own[path.stem]
         return
     assert names - several == {"config", "overrides", "output"} and names & several in (set(), several)
 
