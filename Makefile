@@ -1,4 +1,4 @@
-# make setup | quickstart | check | test | fuzz | resume | slurm | clients | libero | lowest | mutants | docs | lab | smoke | figures | speed | format | clean
+# make setup | quickstart | check | test | fuzz | resume | slurm | clients | libero | simpler | lowest | mutants | docs browser | lab | smoke | figures | speed | format | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -27,7 +27,7 @@ SAMPLE ?= 0
 SEED ?= 0
 AGAIN ?=
 
-.PHONY: setup system quickstart check test fuzz resume slurm clients libero lowest mutants docs smoke figures speed format lab clean
+.PHONY: setup system quickstart check test fuzz resume slurm clients libero simpler lowest mutants docs browser smoke figures speed format lab clean
 setup: $(BIN)/.ready system
 
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -96,6 +96,26 @@ libero: setup
 	test -d "$$VLA_BENCH_LIBERO_ASSETS" || python -m vla_bench.benchmarks.libero_files --out "$$VLA_BENCH_LIBERO_ASSETS"
 	VLA_BENCH_LIBERO_STATES=$${VLA_BENCH_LIBERO_STATES:-10} $(LIBERO)/bin/python -m pytest -s tests/benchmarks/test_libero*.py
 
+# ManiSkill and SimplerEnv beside all else: an environment with NumPy 1 that sees this one's other packages, a software Vulkan
+# where there is no GPU, the official assets (or a folder named by VLA_BENCH_MANISKILL_ASSETS), and every test that needs them.
+SIMPLER ?= $(HOME)/.cache/vla_bench/simpler
+SIMPLER_NEEDS := mani-skill==3.0.1 sapien==3.0.3 mplib==0.1.1 numpy==1.26.4 opencv-python-headless==4.11.0.86 'setuptools<81'
+SIMPLER_NEEDS += arm_pytorch_utilities==0.5.0 dacite==1.9.2 docstring_parser==0.18.0 importlib_resources==7.1.0 lxml==6.1.3
+SIMPLER_NEEDS += nvidia-ml-py==13.615.71 pytorch-kinematics==0.7.6 pytorch-seed==0.2.0 toppra==0.6.10 transforms3d==0.4.2
+SIMPLER_NEEDS += pyarrow==21.0.0 trimesh==5.2.0 typeguard==4.6.1 tyro==1.0.17
+SIMPLER_ASSETS := bridge_v2_real2sim widowx250s
+VULKAN := $(if $(wildcard /dev/nvidia0),,VK_ICD_FILENAMES=$(SIMPLER)/vulkan/lavapipe.json LD_LIBRARY_PATH=$(SIMPLER)/vulkan/lib)
+export VLA_BENCH_MANISKILL_ASSETS ?= $(if $(filter simpler,$(MAKECMDGOALS)),$(SIMPLER)_assets)
+simpler: setup
+	$(BIN)/python -m venv --clear $(SIMPLER)
+	$(BIN)/python -c 'import numpy, pathlib; print(pathlib.Path(numpy.__file__).parents[1])' > "$$(echo $(SIMPLER)/lib/python*/site-packages)/dev.pth"
+	$(SIMPLER)/bin/python -m pip install --disable-pip-version-check -q --no-deps $(SIMPLER_NEEDS)
+	$(if $(VULKAN),.ci/software-vulkan $(SIMPLER)/vulkan)
+	test -d "$$VLA_BENCH_MANISKILL_ASSETS" || for part in $(SIMPLER_ASSETS); do
+		MS_ASSET_DIR="$$VLA_BENCH_MANISKILL_ASSETS" $(SIMPLER)/bin/python -m mani_skill.utils.download_asset "$$part" -y
+	done
+	$(VULKAN) $(SIMPLER)/bin/python -m pytest -s tests/benchmarks/test_{maniskill,simpler}*.py
+
 # Runs that take long, whole: killed in every step of every mode, a save killed at a thousand places, twenty steps of every
 # mode beside one process, the order of the samples of 500 drawn runs, and the graph of every pair. More than an hour.
 resume: setup
@@ -134,6 +154,23 @@ lowest: system
 docs: setup
 	python docs/build.py
 	echo "documentation: _docs/index.html"
+
+# What people see, in Chromium without a window and without a network: an executed training in a real JupyterLab, the
+# explorer, a tutorial, the pages. SCREENSHOTS=FOLDER keeps what was seen. Chromium and its driver come from Debian.
+SCREENSHOTS ?=
+browser: $(BIN)/.browser $(RUNS)/smoke/train.ipynb
+	test -f _docs/index.html || $(MAKE) docs
+	VLA_BENCH_BROWSER=1 VLA_BENCH_SCREENSHOTS='$(SCREENSHOTS)' pytest --durations=5 tests/browser
+
+$(BIN)/.browser: $(BIN)/.ready
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[browser]'
+	if test "$$(id -u)" = 0 && ! { command -v chromium && command -v chromedriver; } > /dev/null; then
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver
+	fi
+	touch $@
+
+$(RUNS)/smoke/train.ipynb: experiments/train.ipynb | setup
+	$(MAKE) smoke
 
 figures: setup
 	for notebook in figures/*.ipynb; do papermill $$notebook $(RUNS)/$$(basename $$notebook) --no-progress-bar; done

@@ -62,6 +62,11 @@ MISTAKES = {
         "wrong": (["--config_yaml", str(RUN)], "datasets.vlm_data is missing"),
         "no file": (["--config_yaml", "nowhere.yaml"], "nowhere.yaml"),
     },
+    "adapt": {
+        "missing": ([], "--config_yaml"),
+        "wrong": (["--config_yaml", str(RUN)], "rl.policy"),
+        "no file": (["--config_yaml", "nowhere.yaml"], "nowhere.yaml"),
+    },
     "serve": {
         "missing": ([], "--checkpoint"),
         "wrong": (["--checkpoint", str(RUN), "--host", "0.0.0.0"], "so the server needs a key"),
@@ -96,6 +101,11 @@ MISTAKES = {
         "missing": ([], "run"),
         "wrong": (["--verfy", "nowhere"], "--verfy"),
         "no file": (["nowhere"], "no evaluation in nowhere"),
+    },
+    "merge": {
+        "missing": ([], "folder"),
+        "wrong": (["--fodler", "nowhere"], "--fodler"),
+        "no file": (["nowhere"], "no shards in nowhere"),
     },
     "compare": {
         "missing": ([str(RUN)], "run_b"),
@@ -161,6 +171,7 @@ MISTAKES = {
         "no file": (["nowhere.py", "--out", "x.yaml"], "nowhere.py"),
     },
     "list": {"wrong": (["--colour", "red"], "--colour")},
+    "simulators": {"wrong": (["metawolrd"], "did you mean 'metaworld'")},
     "trust": {
         "missing": ([], "FILE"),
         "wrong": (["code.txt"], "code.txt is neither a Python file (.py) nor a notebook"),
@@ -291,6 +302,8 @@ FILES = [
     "training/export",
     "evaluation/program",
     "evaluation/report",
+    "evaluation/merge",
+    "rl/adapt",
     "serving/policy",
     "serving/server",
     "serving/exported",

@@ -11,7 +11,10 @@ from vla_bench.registry import Registry
 ROOT = Path(__file__).parents[1]
 REGISTRIES = [each for each in vars(registry).values() if isinstance(each, Registry)]
 OTHERS = ["vla_bench.data.lerobot", "vla_bench.data.conversations"]  # datasets, which no registry names
-COMMAND = {"vla_bench.benchmarks.metaworld": "list"}  # of a program that has several
+COMMAND = {
+    "vla_bench.benchmarks.metaworld": "list",  # of a program that has several
+    "vla_bench.benchmarks.maniskill_cubes": "list",
+}
 PARTS = {}  # module to the components in it
 for each in REGISTRIES:
     for name, known in each.known.items():

@@ -34,6 +34,7 @@ PACKAGES = [
     "serving",
     "benchmarks",
     "evaluation",
+    "rl",
     "viz",
     "scaffold",
     "__main__",
@@ -48,9 +49,13 @@ BASE += [
 ]
 # Tests of no single module, each with what it is about.
 CROSS_CUTTING = {
+    "browser/test_docs.py": "the built pages, in a browser",
+    "browser/test_lab.py": "notebooks, executed and run in JupyterLab, in a browser",
     "serving/test_commands.py": "server, client and policy: the commands on their pages",
     "training/test_own_robot.py": "the notebook of a training, with a robot that no simulator has",
     "training/test_own_code.py": "a file that a configuration imports: trained, continued, served",
+    "test_docs.py": "the documentation: what is pasted from it, its links, its reference",
+    "test_guides.py": "the pages for those who come from other codebases",
     "test_grid.py": "every backbone with every head that can read it",
     "test_notebooks.py": "every notebook",
     "test_programs.py": "every component's module, run as a program",
@@ -84,6 +89,7 @@ CROSS_CUTTING = {
     "models/heads/test_hidden_state_heads.py": "every head that reads the last layer's hidden states",
     "models/interop/test_config_keys.py": "formats and conversion: every key of every original's configuration",
     "models/projectors/test_projectors.py": "what every projector keeps to",
+    "rl/test_every_head.py": "every head that can explore, in its own framework on a tiny backbone",
     "training/test_bounds.py": "config, run and rollout: values that cannot be meant",
     "training/test_defaults.py": "every function of the training: what is left out, and what is not to be changed",
     "training/test_damaged_runs.py": "every reader of a run folder",
@@ -159,6 +165,17 @@ def test_export_and_clean_change_nothing(tmp_path, monkeypatch):
     assert not changed, f"stale: run `make format` and commit {changed}"
 
 
+# Experiments on runs that exist: they have no configuration to change.
+WITHOUT_CONFIG = {
+    "live": {"server", "run", "dataset", "episode", "every", "requests", "seed"},
+    "real_time": {
+        *("run", "benchmark", "tasks", "episodes", "first_seed", "delays", "steps", "methods", "max_steps"),
+        "output",
+    },
+    "faithfulness": {"runs", "dataset", "report_episodes", "choice_episodes", "frames_per_episode"},
+}
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_an_experiment_has_one_parameters_cell(path):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -166,24 +183,8 @@ def test_an_experiment_has_one_parameters_cell(path):
     assert len(tagged) == 1
     names = {t.id for node in ast.parse("".join(tagged[0]["source"])).body for t in node.targets}
     several = {"processes", "accelerate_config"}  # of a training on several processes
-    asked = {
-        "run",
-        "benchmark",
-        "tasks",
-        "episodes",
-        "first_seed",
-        "delays",
-        "steps",
-        "methods",
-        "max_steps",
-        "output",
-    }
-    own = {  # notebooks that ask a policy, which has no configuration to change
-        "live": {"server", "run", "dataset", "episode", "every", "requests", "seed"},
-        "real_time": asked,
-    }
-    if path.stem in own:
-        assert names == own[path.stem]
+    if path.stem in WITHOUT_CONFIG:
+        assert names == WITHOUT_CONFIG[path.stem]
         return
     assert names - several == {"config", "overrides", "output"} and names & several in (set(), several)
 

@@ -19,10 +19,12 @@ from .registry import install_hint
 COMMANDS = {
     "train": ("vla_bench.training.imitation", "train a framework on demonstrations"),
     "cotrain": ("vla_bench.training.cotrain", "train a framework on demonstrations and conversations"),
+    "adapt": ("vla_bench.rl.adapt", "adapt a run's policy by reinforcement learning in its simulator"),
     "serve": ("vla_bench.serving.server", "serve a run's policy over a websocket"),
     "launch": ("vla_bench.training.submit", "run a notebook as a job, here or on a SLURM cluster"),
     "vlm": ("vla_bench.training.vlm", "train a backbone on conversations alone"),
     "evaluate": ("vla_bench.evaluation.program", "evaluate a run in its simulator"),
+    "merge": ("vla_bench.evaluation.merge", "put the shards of an evaluation together"),
     "report": ("vla_bench.evaluation.report", "print the success rates of a run"),
     "compare": ("vla_bench.evaluation.compare", "play the same episodes with two runs until one is better"),
     "results": ("vla_bench.evaluation.results", "every evaluation below a folder, in one table"),
@@ -45,6 +47,10 @@ COMMANDS = {
     ),
     "fluxvla": ("vla_bench.models.interop.fluxvla", "translate a configuration of FluxVLA to one of ours"),
     "list": ("vla_bench.models.compatibility", "what components there are, and which of them fit together"),
+    "simulators": (
+        "vla_bench.benchmarks.needs",
+        "what each simulator lacks on this machine, and how to install it",
+    ),
     "trust": ("vla_bench.own_code", "allow code that a run brings with it"),
     "new": ("vla_bench.scaffold", "write the notebook of a new head, backbone or framework"),
 }

@@ -543,6 +543,7 @@ SECTIONS = (
     "framework",
     "datasets",
     "trainer",
+    "rl",
     "evaluation",
     "extra",
 )

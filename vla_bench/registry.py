@@ -64,6 +64,7 @@ EXTRAS = {
     "papermill": "notebook",
     "robosuite": "libero",
     "bddl": "libero",
+    **dict.fromkeys(("mani_skill", "sapien", "mplib"), "maniskill"),
 } | {name: name for name in ("metaworld", "libero", "deepspeed", "tensorboard", "trackio", "wandb", "zmq")}
 
 
@@ -481,6 +482,16 @@ BENCHMARKS = Registry(
         "libero_goal": Known("vla_bench.benchmarks.libero"),
         "libero_10": Known("vla_bench.benchmarks.libero", ("libero_long",)),
         "libero_90": Known("vla_bench.benchmarks.libero"),
+        "simpler_bridge": Known("vla_bench.benchmarks.simpler_bridge", ("simpler_widowx",)),
+        "simpler_bridge_ever": Known("vla_bench.benchmarks.simpler_bridge"),
+        "maniskill_cubes": Known("vla_bench.benchmarks.maniskill_cubes", ("maniskill",)),
+        "simpler_google_matching": Known("vla_bench.benchmarks.simpler_google"),
+        "simpler_google_variants": Known("vla_bench.benchmarks.simpler_google"),
+        "robocasa": Known("vla_bench.benchmarks.robocasa", ("robocasa365",)),
+        "rlbench": Known("vla_bench.benchmarks.rlbench"),
+        "robotwin_clean": Known("vla_bench.benchmarks.robotwin", ("robotwin_easy",)),
+        "robotwin_randomized": Known("vla_bench.benchmarks.robotwin", ("robotwin_hard",)),
+        "behavior": Known("vla_bench.benchmarks.behavior", ("behavior_1k",)),
         "point": Known("vla_bench.benchmarks.point"),
     },
     Contract("vla_bench.benchmarks.benchmark.Benchmark", takes=("tasks", "cameras", "image_size")),

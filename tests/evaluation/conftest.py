@@ -89,8 +89,8 @@ def files():
 def run_evaluation(state_policy, settings):
     """Evaluates a `StatePolicy` on `point` into a folder."""
 
-    def run(out, policy=None, **changes):
+    def run(out, policy=None, shard=None, **changes):
         policy = policy or state_policy(PointReach())
-        return evaluate(policy, PointReach(), settings(**changes), out, show_progress=False)
+        return evaluate(policy, PointReach(), settings(**changes), out, shard=shard, show_progress=False)
 
     return run

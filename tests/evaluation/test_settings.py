@@ -52,7 +52,7 @@ def test_what_is_not_said_has_these_values():
     assert asdict(EvaluationSettings()) == {
         "benchmark": "metaworld", "tasks": [], "episodes": 10, "first_seed": 50000, "num_envs": 1, "n_action_steps": 6,
         "max_steps": None, "videos_per_task": 0, "attention": False, "step_timeout_s": None,
-        "batch_size": 1,
+        "batch_size": 1, "variation": None, "python": None,
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ __all__ = ['undisturbed', 'share', 'rollout_row', 'Rollouts', 'open_rollouts']
 # %% ../../nbs/evaluation/34_during_training.ipynb #duri0002
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..benchmarks.benchmark import Benchmark
 from ..config import Config, ConfigError
+from ..data.normalize import Normalizer
 from .rollout import EvaluationSettings, build_benchmark, check_settings, evaluate
 from .statistics import success_interval
 from .workers import WorkerError
@@ -73,6 +74,7 @@ class Rollouts:
 
     benchmark: Benchmark
     settings: EvaluationSettings  # whose episodes and seeds are those of `trainer`
+    normalizers: Mapping[str, Normalizer] | None = None  # of the policy; None: those of the run's data
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -97,7 +99,7 @@ class Rollouts:
         from vla_bench.serving.policy import Policy
 
         name = f"step {run.step} of {run.folder.name}, in memory"
-        loaded = run.framework, run.spec, run.data.members[0].normalizers
+        loaded = run.framework, run.spec, self.normalizers or run.data.members[0].normalizers
         policy = Policy(*loaded, name, settings.batch_size)
         out = run.folder / "rollouts" / f"step_{run.step:06d}" / f"process_{run.accelerator.process_index}"
         shutil.rmtree(out, ignore_errors=True)  # of a run that was killed, and is at this step again

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .shards import Shard, parse_shard
+
 from ..config import Config, cli_errors, load_config
 from ..data.layout import spec_from_dict
 from .report import report_text
@@ -126,6 +128,7 @@ def evaluate_run(
     checkpoint: str | int = "latest",  # "best", a step, or a name
     server: str | None = None,  # ws://HOST:PORT of one that serves the newest checkpoint
     same_seeds: bool = False,  # the best one also in the scenes that chose it
+    shard: Shard | None = None,  # this part of the episodes alone, see `merge_shards`
     show_progress: bool = True,
     **which: Any,  # see `open_policy`
 ) -> tuple[Path, dict[str, Any]]:  # the folder of the results, and what summary.json holds
@@ -138,7 +141,7 @@ def evaluate_run(
         Path(out) if out is not None else results_folder(run, settings.benchmark, checkpoint, found.name)
     )
     policy = open_policy(found, server=server, batch_size=settings.batch_size, **which)
-    return results, evaluate(policy, None, settings, results, show_progress=show_progress)
+    return results, evaluate(policy, None, settings, results, shard=shard, show_progress=show_progress)
 
 # %% ../../nbs/evaluation/30_program.ipynb #bfa7c8e2
 def main(argv: Sequence[str] | None = None) -> None:
@@ -161,12 +164,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--server", metavar="URL", help="ws://HOST:PORT of a server of this run; see vla_bench serve"
     )
+    parser.add_argument(
+        "--shard", metavar="I/N", help="play the I-th of N parts; then vla_bench merge FOLDER"
+    )
     options, overrides = parser.parse_known_args(argv)
     with cli_errors(WorkerError, ServerError):
         names = ("server", "dataset", "head", "verify", "checkpoint", "same_seeds")
         which = {name: vars(options)[name] for name in names}
-        results, _ = evaluate_run(options.config_yaml, overrides, options.out, **which)
-        print(report_text(results))
+        shard = None if options.shard is None else parse_shard(options.shard)
+        results, summary = evaluate_run(options.config_yaml, overrides, options.out, shard=shard, **which)
+        if shard is None:
+            print(report_text(results))
+        else:
+            print(f"shard {shard}: {summary['episodes']} episodes are in {shard.folder(results)}; when all shards are, "
+                  f"run vla_bench merge {results}")  # fmt: skip
 
 # %% ../../nbs/evaluation/30_program.ipynb #9ca40761
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook

@@ -36,9 +36,9 @@ def load_evaluations(
     loaded = {folder.name: _load_evaluation(folder) for folder in folders}
     found = {name: evaluation for name, evaluation in loaded.items() if evaluation is not None}
     if not found:
-        raise FileNotFoundError(
-            f"no evaluation in {run}: expected eval/<benchmark>/episodes.jsonl; evaluate first"
-        )
+        parts = [folder for folder in folders if (folder / "shards").is_dir()]
+        cure = f"its shards are not merged yet: vla_bench merge {parts[0]}" if parts else "evaluate first"
+        raise FileNotFoundError(f"no evaluation in {run}: expected eval/<benchmark>/episodes.jsonl; {cure}")
     return found
 
 

@@ -8,8 +8,8 @@ Docs: https://vla-bench.github.io/vla_bench/evaluation/rollout.html.md"""
 __all__ = ['TRIALS', 'RENAMED_PROTOCOL_KEYS', 'HOPELESS', 'check_step_timeout', 'EvaluationSettings', 'EvaluatedPolicy',
            'BatchedPolicy', 'check_batch', 'check_settings', 'build_benchmark', 'Recording', 'Rollout',
            'describe_returned', 'real_numbers', 'check_chunk', 'run_episode', 'fingerprint', 'fingerprint_differences',
-           'with_current_keys', 'read_episodes', 'EpisodeLog', 'list_episodes', 'recording_path', 'predict_together',
-           'run_rollouts', 'evaluate']
+           'with_current_keys', 'read_episodes', 'EpisodeLog', 'list_episodes', 'recording_path', 'plan_of',
+           'predict_together', 'run_rollouts', 'evaluate']
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #3166eacf
 import hashlib
@@ -23,11 +23,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from fastcore.basics import patch
 from tqdm import tqdm
+from .other_python import BenchmarkElsewhere, check_python
 
 from ..benchmarks.benchmark import Benchmark, check_policy
 from ..config import require, require_whole
 from ..data.layout import PolicySpec, image_sizes
 from ..data.windows import History
+from .shards import Shard
 from .statistics import summarize
 from vla_bench.evaluation.workers import (
     EpisodeError,
@@ -68,6 +70,8 @@ class EvaluationSettings:
         None  # of a simulator, per action; None: 120 s where it runs in its own process
     )
     batch_size: int = 1  # observations that the policy answers at once, see `Policy`; fewer are filled up
+    variation: str | None = None  # changed in every scene, "camera" for example, where the benchmark has it
+    python: str | None = None  # of the simulator's own environment, /envs/libero/bin/python; None: this one
 
     def __post_init__(self):
         least = {"episodes": 1, "num_envs": 1, "n_action_steps": 1, "max_steps": 1, "batch_size": 1}
@@ -84,6 +88,8 @@ class EvaluationSettings:
         once = len(set(self.tasks)) == len(self.tasks)  # an episode that counts twice narrows the interval
         require(once, "evaluation.tasks", "tasks, none of them twice", self.tasks)
         check_step_timeout(self.step_timeout_s)
+        if self.python is not None:
+            check_python(self.python)
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #3c34e765
 class EvaluatedPolicy(Protocol):
@@ -170,11 +176,13 @@ def build_benchmark(
     arguments: dict[str, Any] = {"tasks": settings.tasks or None}
     if settings.max_steps is not None:
         arguments["max_steps"] = settings.max_steps
-    return BENCHMARKS.build(
-        {"type": settings.benchmark, **arguments},
-        cameras=tuple(spec.cameras),
-        image_size=tuple(spec.image_size),
-    )
+    if settings.variation is not None:
+        arguments["variation"] = settings.variation
+    config = {"type": settings.benchmark, **arguments}
+    context = {"cameras": tuple(spec.cameras), "image_size": tuple(spec.image_size)}
+    if settings.python is not None:
+        return BenchmarkElsewhere(settings.python, config, context)
+    return BENCHMARKS.build(config, **context)
 
 # %% ../../nbs/evaluation/10_rollout.ipynb #ed6ca8ac
 @dataclass
@@ -540,6 +548,18 @@ def recording_path(
     """Where the recording of an episode is kept."""
     return Path(out_dir) / "videos" / f"{episode_spec.task}_{episode_spec.episode}.npz"
 
+# %% ../../nbs/evaluation/10_rollout.ipynb #roll0100
+def plan_of(
+    episodes: Sequence[EpisodeSpec],  # of an evaluation, in the order of its protocol
+) -> dict[str, Any]:
+    """What `plan.json` of a shard holds: all episodes of the evaluation that it is a part of."""
+    return {
+        "tasks": list(dict.fromkeys(episode_spec.task for episode_spec in episodes)),
+        "episodes": sum(episode_spec.task == episodes[0].task for episode_spec in episodes),
+        "first_seed": episodes[0].seed,
+        "videos_per_task": sum(e.record for e in episodes if e.task == episodes[0].task),
+    }
+
 # %% ../../nbs/evaluation/10_rollout.ipynb #7fbc14c1
 def _after_failure(worker: Any, rollout: Rollout, error: EpisodeError) -> Rollout:
     """The episode to go on with, on a new simulator; it has an `error` when each of its trials has failed."""
@@ -709,6 +729,8 @@ def evaluate(
     settings: EvaluationSettings,
     out_dir: str | Path,  # run/eval/<benchmark>: episodes.jsonl, summary.json, fingerprint.json, videos/
     *,
+    shard: Shard
+    | None = None,  # plays this part of the episodes alone, into a folder of its own in `out_dir`
     on_recording: Callable[[Recording, Path], None] | None = None,  # called with each recording and its file
     show_progress: bool = True,
 ) -> dict[str, Any]:  # the content of summary.json
@@ -723,9 +745,11 @@ def evaluate(
     check_settings(policy.spec, benchmark, settings)
     check_batch(policy, settings)
     identity = fingerprint(policy, benchmark, settings)
-    out = Path(out_dir)
-    log, tasks = EpisodeLog(out, identity), settings.tasks or benchmark.tasks()
-    episodes = list_episodes(settings, benchmark)
+    whole, tasks = list_episodes(settings, benchmark), settings.tasks or benchmark.tasks()
+    episodes, out = (whole, Path(out_dir)) if shard is None else (shard.deal(whole), shard.folder(out_dir))
+    log = EpisodeLog(out, identity)
+    if shard is not None:
+        write_json(out / "plan.json", plan_of(whole))
     _forget_errors(log, episodes, tasks)
     todo = [episode_spec for episode_spec in episodes if not _is_finished(episode_spec, log, out)]
     finish = lambda rollout: _keep(rollout, log, out, on_recording)
@@ -733,5 +757,6 @@ def evaluate(
     log.sort(tasks)
     records = [log.records[episode_spec.task, episode_spec.episode] for episode_spec in episodes]
     summary = {**summarize(records), "fingerprint": identity}
-    write_json(out / "summary.json", summary)
+    if shard is None:  # a part's rates are not the evaluation's, so nobody is to find them in its place
+        write_json(out / "summary.json", summary)
     return summary

@@ -6,8 +6,8 @@ Docs: https://vla-bench.github.io/vla_bench/evaluation/workers.html.md"""
 
 # %% auto #0
 __all__ = ['STEP_TIMEOUT_S', 'START_TIMEOUT_S', 'EpisodeSpec', 'StepResult', 'SceneError', 'EpisodeRunner', 'WorkerError',
-           'EpisodeError', 'WorkerTimeout', 'Failure', 'result_of', 'LocalWorker', 'ProcessWorker', 'open_workers',
-           'ready']
+           'EpisodeError', 'WorkerTimeout', 'Failure', 'result_of', 'LocalWorker', 'serve_child', 'ProcessWorker',
+           'open_workers', 'ready']
 
 # %% ../../nbs/evaluation/05_workers.ipynb #ea95d1e4
 import math
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
+from .other_python import BenchmarkElsewhere, PythonProcess, open_child
 
 import vla_bench.own_code  # noqa: F401  a process that is started anew finds the user's own files through it
 from ..benchmarks.benchmark import Benchmark
@@ -204,6 +205,12 @@ class LocalWorker:
         self.runner.close()
 
 # %% ../../nbs/evaluation/05_workers.ipynb #16cda05b
+def serve_child(number: int, version: str) -> None:
+    """The main loop of a worker process of another Python, see `PythonProcess`; the benchmark comes first."""
+    connection = open_child(number, version)
+    _serve(connection, connection.recv())
+
+
 def _serve(connection: Connection, benchmark: Benchmark) -> None:
     """The main loop of a worker process; ends when the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -246,11 +253,16 @@ class ProcessWorker:
 @patch
 def open(self: ProcessWorker) -> None:
     """Starts the process, without waiting for it."""
+    self.doing, self.started, name = "starting", False, f"simulator {self.number}"
+    if isinstance(self.benchmark, BenchmarkElsewhere):
+        self.process = PythonProcess(self.benchmark.python, "evaluation.workers.serve_child", name)
+        self.connection = self.process.connection
+        with suppress(ConnectionError):  # it has ended already, and whoever asks it will be told
+            self.connection.send(self.benchmark)
+        return
     context = multiprocessing.get_context("spawn")
-    self.doing, self.started = "starting", False
     self.connection, theirs = context.Pipe()
-    arguments, name = (theirs, self.benchmark), f"simulator {self.number}"
-    self.process = context.Process(target=_serve, args=arguments, daemon=True, name=name)
+    self.process = context.Process(target=_serve, args=(theirs, self.benchmark), daemon=True, name=name)
     self.process.start()
     theirs.close()
 
@@ -356,10 +368,10 @@ def open_workers(
     step_timeout_s: float
     | None = None,  # None: no watchdog for one environment, `STEP_TIMEOUT_S` for several
 ) -> list[LocalWorker] | list[ProcessWorker]:
-    """One worker in this process, or workers in their own: where there are several, or a time-out is asked for."""
+    """One worker in this process, or workers in their own: where there are several, a time-out or another Python."""
     if count < 1:
         raise ValueError(f"num_envs must be at least 1, got {count}")
-    if count == 1 and step_timeout_s is None:
+    if count == 1 and step_timeout_s is None and not isinstance(benchmark, BenchmarkElsewhere):
         return [LocalWorker(benchmark)]
     seconds = STEP_TIMEOUT_S if step_timeout_s is None else step_timeout_s
     return [ProcessWorker(benchmark, number, seconds) for number in range(count)]

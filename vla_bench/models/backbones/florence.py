@@ -14,6 +14,7 @@ if __name__ == "__main__" and "__file__" in globals() and not __package__:
     )
 
 # %% ../../../nbs/models/backbones/38_florence.ipynb #1a2591ab
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..attention_map import ActionAttention
 from .image_tokens import SquareVLM, place_images
 from .tokens import padding_order, run_in_order, visible_tokens
 from .vlm import VLMPrepare, eager_text
@@ -151,11 +153,16 @@ def write(
 
 
 @patch
+def answer_states(self: Florence2, inputs: dict[str, Tensor], answers: Tensor) -> Tensor:
+    """The decoder's states from which the tokens of answers [B, A] are predicted, [B, A, H]."""
+    start = answers.new_full((len(answers), 1), self.text_config.decoder_start_token_id)
+    return self.write(torch.cat([start, answers[:, :-1]], dim=1), self(inputs)).last_hidden_state
+
+
+@patch
 def answer_loss(self: Florence2, inputs: dict[str, Tensor], answers: Tensor, valid: Tensor) -> Tensor:
     """Next-token cross-entropy of answers [B, A] where `valid` [B, A], a scalar."""
-    start = answers.new_full((len(answers), 1), self.text_config.decoder_start_token_id)
-    hidden = self.write(torch.cat([start, answers[:, :-1]], dim=1), self(inputs)).last_hidden_state
-    logits = self.output_matrix()(hidden[valid])
+    logits = self.output_matrix()(self.answer_states(inputs, answers)[valid])
     return nn.functional.cross_entropy(logits.float(), answers[valid])
 
 # %% ../../../nbs/models/backbones/38_florence.ipynb #flor0004
@@ -179,13 +186,32 @@ def answer_attention(self: Florence2, inputs: dict[str, Tensor], answers: Tensor
     valid = (answers >= 0).float()
     return (weights * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
 
+
+@patch
+def answer_steps(
+    self: Florence2, inputs: dict[str, Tensor], answer: Tensor, *, values: bool = False
+) -> ActionAttention:
+    """The decoder's cross-attention before any mean is taken. `answer` is long [A]; its values are not kept."""
+    features = self(inputs, attention="all")
+    with eager_text(self.model, True):
+        crosses = self.write(answer[None], features, attention=True).cross_attentions
+    maps, within = ([a[0].float() for a in each] for each in (crosses, features.attention))
+    length = inputs["input_ids"].shape[1]
+    return ActionAttention([maps], slice(0, length), below=[self.num_layers] * len(maps), within=within)
+
 # %% ../../../nbs/models/backbones/38_florence.ipynb #368e3f45
 @patch
 @torch.no_grad()
 def decode(
-    self: Florence2, inputs: dict[str, Tensor], *, max_tokens: int, allowed: Tensor, stop: int | None = None
+    self: Florence2,
+    inputs: dict[str, Tensor],
+    *,
+    max_tokens: int,
+    allowed: Tensor,
+    stop: int | None = None,
+    choose: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Tensor:
-    """The likeliest answer, token by token, [B, at most max_tokens]; -1 behind an answer's end."""
+    """The likeliest answer, or the one that `choose` draws, [B, at most max_tokens]; -1 behind an answer's end."""
     features, allowed_ids = self(inputs), allowed
     if stop is not None:
         allowed_ids = torch.cat([allowed, allowed.new_tensor([stop])])
@@ -195,7 +221,8 @@ def decode(
     while len(generated) < max_tokens and not ended.all():
         output = self.write(tokens[:, None], features, past=past, cache=True)
         past = output.past_key_values
-        tokens = allowed_ids[(output.last_hidden_state[:, -1] @ weight.T).argmax(-1)]
+        logits = output.last_hidden_state[:, -1] @ weight.T
+        tokens = allowed_ids[logits.argmax(-1) if choose is None else choose(logits, len(generated))]
         ended = ended | (tokens == stop) if stop is not None else ended
         generated.append(tokens.masked_fill(ended, -1))
     return torch.stack(generated, dim=1)

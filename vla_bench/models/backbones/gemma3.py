@@ -35,6 +35,11 @@ class Gemma3(PackedVLM, SquareVLM):
         """Rows, and columns, of an image's tokens, after averaging patches."""
         return round(self.config.mm_tokens_per_image**0.5)
 
+    def patches_per_side(self) -> int:
+        """Rows, and columns, of the patches that become one token."""
+        vision = self.config.vision_config
+        return vision.image_size // vision.patch_size // self.side
+
     def image_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
         """SigLIP's patches, averaged and projected, [images, side², H]."""
         return self.model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output

@@ -35,6 +35,10 @@ class Idefics3(SquareVLM):
         vision = self.config.vision_config
         return vision.image_size // vision.patch_size // self.config.scale_factor
 
+    def patches_per_side(self) -> int:
+        """Rows, and columns, of the patches that become one token."""
+        return self.config.scale_factor
+
     def layer_classes(self) -> set[type[nn.Module]]:
         """The repeated blocks; transformers' own list names a piece of one."""
         inner = self.model.model

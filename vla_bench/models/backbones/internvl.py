@@ -47,6 +47,10 @@ class InternVL(SquareVLM):
         vision = self.config.vision_config
         return round(vision.image_size[0] // vision.patch_size[0] * self.config.downsample_ratio)
 
+    def patches_per_side(self) -> int:
+        """Rows, and columns, of the patches that become one token."""
+        return round(1 / self.config.downsample_ratio)
+
 # %% ../../../nbs/models/backbones/34_internvl.ipynb #shows003
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook
     from vla_bench.models.backbones.show import show_backbones

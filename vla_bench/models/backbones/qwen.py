@@ -55,6 +55,10 @@ class QwenImages(VLM):
             per_sample.append(grids)
         return per_sample
 
+    def patches_per_side(self) -> int:
+        """Rows, and columns, of the patches that become one token."""
+        return self.config.vision_config.spatial_merge_size
+
     def model_inputs(self, inputs: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         """The flat patches and their grids."""
         return {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}

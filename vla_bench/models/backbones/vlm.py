@@ -10,7 +10,7 @@ __all__ = ['COMPONENTS', 'backbone_sizes', 'VLMPrepare', 'eager_text', 'VLM', 'n
 # %% ../../../nbs/models/backbones/10_vlm.ipynb #cfad3930
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, ProcessorMixin
 
+from ..attention_map import ActionAttention
 from .image_attention import attend_by_length
 from .patch_embedding import multiply_patches
 from .position_ids import remember_positions
@@ -180,6 +181,10 @@ class VLM(nn.Module):
             f"{type(self).__name__} gives {' or '.join(self.hidden_states_offered)} hidden states only"
         )
 
+    def patches_per_side(self) -> int:
+        """Rows, and columns, of the vision encoder's patches that become one token."""
+        return 1
+
     @classmethod
     def load_processor(cls, path: str | Path) -> Any:
         """The checkpoint's processor; a family overrides it where transformers has none."""
@@ -297,7 +302,7 @@ def forward(
     extra: Tensor | None = None,  # [B, K, H] embeddings behind the prompt
     *,
     layers: str = "last",  # or "all"
-    attention: bool = False,  # whether to return attention maps (slower)
+    attention: bool | str = False,  # whether to return attention maps (slower); "all": of every row
     cache: bool = False,  # whether to return keys and values
     causal_extra: bool = False,  # whether the extra tokens are an answer, read causally by every model
 ) -> Features:
@@ -311,13 +316,14 @@ def forward(
         embeddings = torch.cat([embeddings, extra.to(embeddings.dtype)], dim=1)
         positions = torch.cat([positions, behind[..., :count]], dim=-1)
         mask = torch.cat([mask, mask.new_ones(len(mask), count)], dim=1)
-    wanted = {"layers": layers, "attention": attention, "cache": cache}
+    wanted = {"layers": layers, "attention": bool(attention), "cache": cache}
     output = self.run(embeddings, mask, positions, inputs, **wanted, answer=count if causal_extra else 0)
     features = Features(hidden=output.last_hidden_state.float(), mask=mask, num_extra=count)
     if layers == "all":
         features.layers = tuple(h.float() for h in output.hidden_states[1:])
     if attention:  # rows of the extra tokens, where there are some
-        features.attention = tuple(a[:, :, -count:] for a in output.attentions if a is not None)
+        first = 0 if attention == "all" else -count
+        features.attention = tuple(a[:, :, first:] for a in output.attentions if a is not None)
     if cache:
         features.cache = self.keys_and_values(output.past_key_values, embeddings.shape[1])
         features.next_position = behind.reshape(-1, *behind.shape[-2:])[0, :, count]
@@ -380,11 +386,27 @@ def answer_loss_of(
     self: VLM, features: Features, inputs: dict[str, Tensor], answers: Tensor, valid: Tensor
 ) -> Tensor:
     """The same from states of the prompt and of the answer's tokens, but for the last one."""
-    output = self.output_matrix()
-    first = last_state(features.hidden[:, : inputs["input_ids"].shape[1]], inputs["attention_mask"])
-    before = torch.cat([first[:, None], features.extra], dim=1)
+    output, before = self.output_matrix(), self.answer_states_of(features, inputs)
     logits = output(before[valid].to(output.weight.dtype))
     return nn.functional.cross_entropy(logits.float(), answers[valid])
+
+
+@patch
+def answer_states_of(self: VLM, features: Features, inputs: dict[str, Tensor]) -> Tensor:  # [B, A, H]
+    """The state from which each token of an answer is predicted: the prompt's last, and the answer's but the last."""
+    first = last_state(features.hidden[:, : inputs["input_ids"].shape[1]], inputs["attention_mask"])
+    return torch.cat([first[:, None], features.extra], dim=1)
+
+
+@patch
+def answer_states(
+    self: VLM,
+    inputs: dict[str, Tensor],
+    answers: Tensor,  # long [B, A] token ids; anything valid behind an answer's end
+) -> Tensor:  # [B, A, H]
+    """The same for an answer that has not been read yet."""
+    embed = self.model.get_input_embeddings()
+    return self.answer_states_of(self(inputs, embed(answers[:, :-1]), causal_extra=True), inputs)
 
 # %% ../../../nbs/models/backbones/10_vlm.ipynb #vlm00040
 @patch
@@ -396,8 +418,10 @@ def decode(
     max_tokens: int,
     allowed: Tensor,  # long [M], the token ids that may come
     stop: int | None = None,  # the id that ends an answer
+    # logits [B, M or M + 1], the last of them the stop's, and the token's number, to indices [B]; None: the likeliest
+    choose: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Tensor:  # long [B, at most max_tokens]; -1 behind an answer's end
-    """The likeliest answer, token by token."""
+    """The likeliest answer, token by token, or the one that `choose` draws."""
     mask, positions = self.visible(inputs), self.position_ids(inputs)
     embed, output = self.model.get_input_embeddings(), self.output_matrix()
     read = self.run(embed(inputs["input_ids"]), mask, positions, inputs, cache=True)
@@ -408,7 +432,8 @@ def decode(
     weight = output.weight[allowed_ids]
     generated, ended = [], torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
     for step in range(max_tokens):
-        tokens = allowed_ids[(hidden.to(weight.dtype) @ weight.T).argmax(-1)]
+        logits = hidden.to(weight.dtype) @ weight.T
+        tokens = allowed_ids[logits.argmax(-1) if choose is None else choose(logits, step)]
         ended = ended | (tokens == stop) if stop is not None else ended
         generated.append(tokens.masked_fill(ended, -1))
         if ended.all() or step + 1 == max_tokens:
@@ -433,6 +458,37 @@ def answer_attention(
     valid = (answers >= 0).float()
     weights = (weights * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
     return weights[:, : inputs["input_ids"].shape[1]]
+
+
+@patch
+def attention_values(
+    self: VLM,
+    features: Features,  # with `cache`
+) -> list[tuple[Tensor, Tensor]]:  # per layer [B, heads, N, d] and [heads, d, H]
+    """The values of each layer and what each head makes of them."""
+    found = []
+    for layer, (_, values) in zip(self.model.get_decoder().layers, features.cache, strict=True):
+        out = layer.self_attn.o_proj.weight.T.unflatten(0, (-1, values.shape[-1]))
+        found.append((values.repeat_interleave(len(out) // values.shape[1], dim=1), out))
+    return found
+
+
+@patch
+def answer_steps(
+    self: VLM,
+    inputs: dict[str, Tensor],  # of one sample
+    answer: Tensor,  # long [A], without what is behind its end
+    *,
+    values: bool = False,  # whether they are wanted, too
+) -> ActionAttention:
+    """Where an answer's tokens look before any mean is taken."""
+    embeddings = self.model.get_input_embeddings()(answer[None])
+    features = self(inputs, embeddings, attention="all", cache=values, causal_extra=True)
+    within, length = [a[0].float() for a in features.attention], inputs["input_ids"].shape[1]
+    rows = torch.arange(length, length + len(answer), device=answer.device)
+    kept = [(v[0], out) for v, out in self.attention_values(features)] if values else None
+    maps = [[layer[:, rows] for layer in within]]
+    return ActionAttention(maps, slice(0, length), rows=rows, within=within, values=kept)
 
 # %% ../../../nbs/models/backbones/10_vlm.ipynb #vlm00047
 @patch

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from ...data.sample import Sample
 from ...files import checkpoint_of
-from ..attention_map import AttentionMap, attention_map, check_attention
+from ..attention_map import ActionAttention, AttentionMap, attention_map, check_attention
 from ..backbones.tokens import last_state
 from ..backbones.vlm import VLM
 from ..backbones.weights_file import load_weights, save_weights, without_init
-from ..features import Features
+from ..features import Features, last_valid
 from .adapters import merge_into, restore_adapters
 from .build import build_framework, from_folder, read_section
 from .prepare import Prepare, to_device
@@ -334,6 +334,57 @@ def attention_maps(
     check_attention(weights, tuple(inputs["input_ids"].shape), where)
     is_image, grids = self.vlm.image_token_mask(inputs), self.vlm.image_grids(inputs)
     return attention_map(weights, is_image, grids, self.vlm.words(inputs, batch["lang"]))
+
+
+@patch
+def layers_below(
+    self: Framework,
+    count: int,  # layers of the head that look
+) -> list[int]:  # for each of them, how many layers of the backbone lie under what it looks at
+    """How deep in the backbone the head looks."""
+    head = self.action_model
+    if head.reads == "cache":  # keys and values of layer i are made of what goes into it
+        return list(range(count))
+    if head.reads == "layers":
+        read = range(count) if head.read_layers is None else head.read_layers
+        return [layer + 1 for layer in read]
+    return [self.vlm.num_layers] * count
+
+
+@patch
+def action_attention(
+    self: Framework,
+    batch: dict[str, Any],  # of one sample
+    generator: torch.Generator | None,
+    *,
+    values: bool = False,  # whether what is looked at is wanted, too
+) -> ActionAttention:
+    """Attention of the actions before any mean is taken: the head's, or the prompt's last token's.
+
+    Raises `ValueError` for a head that tells only the mean.
+    """
+    head, inputs = self.action_model, batch["inputs"]
+    length = inputs["input_ids"].shape[1]
+    if not head.offers_attention:
+        features = self.vlm(inputs, attention="all", cache=values)
+        within, rows = [a[0].float() for a in features.attention], last_valid(inputs["attention_mask"])
+        kept = [(v[0], out) for v, out in self.vlm.attention_values(features)] if values else None
+        maps = [[layer[:, rows] for layer in within]]
+        return ActionAttention(maps, slice(0, length), rows=rows, within=within, values=kept)
+    if not head.offers_attention_steps:
+        raise ValueError(f"{type(head).__name__} tells only its mean attention (offers_attention_steps)")
+    features = self.read(batch)
+    maps = head.attention_steps(features, self.draw_noise(features, generator))
+    kept = [(v[0], out) for v, out in head.attention_values(features)] if values else None
+    return ActionAttention(
+        [[weights[0].float() for weights in step] for step in maps],
+        slice(0, length),
+        state=length if head.attends_state else None,
+        row_of=torch.arange(self.horizon),
+        below=self.layers_below(len(maps[0])),
+        within=[a[0].float() for a in self.vlm(inputs, attention="all").attention],
+        values=kept,
+    )
 
 # %% ../../../nbs/models/frameworks/02_framework.ipynb #3f06d024
 @patch

@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..attention_map import ActionAttention
 from ..backbones.vision import Pixels, VisionBackbone
 from ..backbones.vlm import VLM
 from ..features import Features
@@ -118,6 +119,14 @@ class GR00T(Framework):
         """Attention of the actions over the prompt's tokens, [B, L], without the share of System 1's patches."""
         weights = super().prompt_attention(batch, generator)
         return weights[:, -batch["inputs"]["input_ids"].shape[1] :]
+
+    def action_attention(
+        self, batch: dict[str, Any], generator: torch.Generator | None, *, values: bool = False
+    ) -> ActionAttention:
+        """As `Framework.action_attention`; System 1's patches stand before the prompt."""
+        found = super().action_attention(batch, generator, values=values)
+        size, length = found.maps[0][0].shape[-1], batch["inputs"]["input_ids"].shape[1]
+        return replace(found, prompt=slice(size - length, size))
 
 # %% ../../../nbs/models/frameworks/40_gr00t.ipynb #fad4dde2
 @patch

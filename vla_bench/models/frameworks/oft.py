@@ -21,6 +21,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..attention_map import ActionAttention
 from ..backbones.vlm import VLM
 from ..features import Features
 from .describe import describe
@@ -140,6 +141,28 @@ def prompt_attention(self: OFT, batch: dict[str, Any], generator: torch.Generato
     else:
         rows = mean[:, -len(self.queries) :]
     return rows.mean(1)[:, : batch["inputs"]["input_ids"].shape[1]]
+
+
+@patch
+def action_attention(
+    self: OFT, batch: dict[str, Any], generator: torch.Generator | None, *, values: bool = False
+) -> ActionAttention:
+    """Attention of the queries before any mean is taken; the state is a token where it stands in front of them."""
+    inputs, head, own = batch["inputs"], self.action_model, self.query_id is None
+    features = self.vlm(inputs, self.extra_tokens(batch) if own else None, attention="all", cache=values)
+    within, length = [a[0].float() for a in features.attention], inputs["input_ids"].shape[1]
+    size, count = within[0].shape[-1], head.num_queries
+    rows = torch.arange(size - count, size) if own else self.positions(batch)[0].cpu()
+    in_turn = torch.arange(self.horizon) * count // self.horizon
+    return ActionAttention(
+        [[layer[:, rows] for layer in within]],
+        slice(0, length),
+        state=length if own and self.state_encoder is not None else None,
+        row_of=in_turn if head.queries_in_order else None,
+        rows=rows,
+        within=within,
+        values=[(v[0], out) for v, out in self.vlm.attention_values(features)] if values else None,
+    )
 
 # %% ../../../nbs/models/frameworks/10_oft.ipynb #782f029c
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,7 +13,6 @@ __all__ = ['READERS', 'COMMON', 'BEHIND', 'framework_of', 'head_weights', 'infer
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...config import is_number
+from ..attention_map import ActionAttention
 from ..backbones.loading import load_vlm
 from ..backbones.unused_parameters import freeze_unused
 from ..backbones.vlm import VLM
@@ -331,6 +331,14 @@ def prompt_attention(
 ) -> Tensor:  # [B, L]
     """Where the actions of the policy's head look."""
     return self.parts[self.action_model.policy_head].prompt_attention(batch, generator)
+
+
+@patch
+def action_attention(
+    self: SeveralHeads, batch: dict[str, Any], generator: torch.Generator | None, *, values: bool = False
+) -> ActionAttention:
+    """The same before any mean is taken."""
+    return self.parts[self.action_model.policy_head].action_attention(batch, generator, values=values)
 
 
 def use_head(

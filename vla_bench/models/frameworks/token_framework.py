@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..attention_map import ActionAttention
 from ..backbones.vlm import VLM
 from ..features import Features
 from .framework import Framework
@@ -103,3 +104,12 @@ def prompt_attention(
 ) -> Tensor:  # [B, L]
     """Attention of the generated tokens, mean over layers, heads and tokens."""
     return self.vlm.answer_attention(batch["inputs"], self.generate(batch["inputs"]))
+
+
+@patch
+def action_attention(
+    self: TokenFramework, batch: dict[str, Any], generator: torch.Generator | None, *, values: bool = False
+) -> ActionAttention:
+    """Attention of the generated tokens before any mean is taken."""
+    tokens = self.generate(batch["inputs"])[0]
+    return self.vlm.answer_steps(batch["inputs"], tokens[tokens >= 0], values=values)

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..attention_map import mean_attention
 from ..features import BackboneSizes, Features
 from . import flow
 from .head import ActionHead, HeadSizes, at_least_one, gaussian_noise
@@ -71,6 +72,7 @@ class ActionExpertHead(ActionHead):
     reads = "cache"
     continues = True
     offers_attention = True
+    offers_attention_steps = True
     masks_actions = True
 
     def __init__(
@@ -100,6 +102,7 @@ class ActionExpertHead(ActionHead):
         self.action_in_proj = nn.Linear(self.action_dim, width)
         self.action_out_proj = nn.Linear(width, self.action_dim)
         self.state_proj = nn.Linear(self.state_dim, width) if self.state_dim and not adaptive_norm else None
+        self.attends_state = self.state_proj is not None
         if adaptive_norm:
             self.time_mlp_in, self.time_mlp_out = nn.Linear(width, width), nn.Linear(width, width)
         else:
@@ -257,7 +260,9 @@ def denoise(
     features: Features,
     noise: Tensor | None,  # [B, T, D], x_1; None to draw it
     maps: bool = False,
-) -> tuple[Tensor, list[Tensor]]:  # [B, T, D]; attention of the actions [B, M], per step and layer
+) -> tuple[
+    Tensor, list[list[Tensor]]
+]:  # [B, T, D]; attention of the actions, per step and layer [B, heads, T, M]
     """From x_1 to x_0 in N Euler steps."""
     x = flow.initial_noise(self, noise, len(features.mask), features.mask.device)
     prefix, looks = self.encode_context(features), []
@@ -296,9 +301,27 @@ def attention(
     self: ActionExpertHead, features: Features, noise: Tensor | None = None
 ) -> Tensor:  # [B, L], sums to one per sample
     """Where in the prompt the actions look: mean over heads, layers, actions and Euler steps, as shares."""
-    looks = torch.stack(self.denoise(features, noise, maps=True)[1]).mean(0)
+    looks = mean_attention(self.attention_steps(features, noise))
     prompt = looks[:, : features.mask.shape[1]]
     return prompt / prompt.sum(-1, keepdim=True)
+
+
+@patch
+def attention_steps(
+    self: ActionExpertHead, features: Features, noise: Tensor | None = None
+) -> list[list[Tensor]]:  # per Euler step and layer [B, heads, T, M]: the prompt, the state, the actions
+    """The attention of the actions to everything before any mean is taken."""
+    return self.denoise(features, noise, maps=True)[1]
+
+
+@patch
+def attention_values(self: ActionExpertHead, features: Features) -> list[tuple[Tensor, Tensor]]:
+    """What of prompt and state is looked at, [B, heads, L or L+1, d], and what each head makes of it."""
+    found = []
+    for layer, (_, values) in zip(self.layers, self.encode_context(features).cache, strict=True):
+        out = layer.self_attn.o_proj.weight.T.unflatten(0, (-1, values.shape[-1]))
+        found.append((values.repeat_interleave(len(out) // values.shape[1], dim=1), out))
+    return found
 
 # %% ../../../nbs/models/heads/90_action_expert.ipynb #shows003
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook

@@ -19,6 +19,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..attention_map import mean_attention
 from ..features import Features
 from vla_bench.models.heads.head import (
     ActionHead,
@@ -171,6 +172,7 @@ class DiffusionHead(ActionHead):
 
     reads = "last"
     offers_attention = True
+    offers_attention_steps = True
     masks_actions = True
 
     def __init__(
@@ -282,7 +284,9 @@ def denoise(
     features: Features,
     noise: Tensor | None,  # from `draw_noise`; None to draw it
     maps: bool = False,
-) -> tuple[Tensor, list[Tensor]]:  # [B, T, D]; attention of the actions [B, L], per step and block
+) -> tuple[
+    Tensor, list[list[Tensor]]
+]:  # [B, T, D]; attention of the actions, per step and block [B, heads, T, L]
     """From noise to a chunk in K steps."""
     shape = (len(features.hidden), self.horizon, self.action_dim)
     if noise is None:
@@ -294,7 +298,7 @@ def denoise(
     steps, collected = inference_steps(self.train_steps, self.steps), []
     for i, k in enumerate(steps):
         clean, weights = self.predict_clean(x, k, features, maps)
-        collected += [w.mean((1, 2)) for w in weights]
+        collected.append(weights)
         if i + 1 == len(steps):
             x = ddim_step(x, clean, self.schedule[k], 1.0)
         elif stochastic:
@@ -318,7 +322,23 @@ def attention(
     self: DiffusionHead, features: Features, noise: Tensor | None = None
 ) -> Tensor:  # [B, L], sums to one per sample
     """Where the action tokens look: cross-attention, mean over heads, blocks, actions and steps."""
-    return torch.stack(self.denoise(features, noise, maps=True)[1]).mean(0)
+    return mean_attention(self.attention_steps(features, noise))
+
+
+@patch
+def attention_steps(
+    self: DiffusionHead, features: Features, noise: Tensor | None = None
+) -> list[list[Tensor]]:  # per step and looking block [B, heads, T, L]
+    """The same before any mean is taken."""
+    return self.denoise(features, noise, maps=True)[1]
+
+
+@patch
+def attention_values(self: DiffusionHead, features: Features) -> list[tuple[Tensor, Tensor]]:
+    """What the looking blocks look at, [B, heads, L, d], and what each head makes of it, [heads, d, W]."""
+    dit = self.network.dit
+    looking = [block for block, crosses in zip(dit.blocks, dit.crosses) if crosses]
+    return [block.attention.values_out(features.hidden) for block in looking]
 
 # %% ../../../nbs/models/heads/70_diffusion.ipynb #shows003
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..attention_map import mean_attention
 from ..features import Features
 from .head import ActionHead, HeadSizes, check_choice, check_shape, check_sizes
 from ..layers.transformer import StateToken, TransformerBlock
@@ -190,6 +191,8 @@ class DiscreteDiffusionHead(ActionHead):
 
     reads = "last"
     offers_attention = True
+    offers_attention_steps = True
+    differentiable = False  # its tokens are choices
 
     def __init__(
         self,
@@ -272,7 +275,9 @@ def decode(
     features: Features,
     noise: Tensor | None,  # from `draw_noise`; None to draw it
     maps: bool = False,
-) -> tuple[Tensor, list[Tensor]]:  # codes, long [B, T·D]; attention of the tokens [B, L], per round and block
+) -> tuple[
+    Tensor, list[list[Tensor]]
+]:  # codes, long [B, T·D]; attention of the tokens, per round and block [B, heads, tokens, L]
     """Fills in a chunk that is all hidden."""
     batch, device = len(features.hidden), features.hidden.device
     noise = uniform_noise("noise", noise, (batch, self.rounds, 2, self.num_tokens), None, device)
@@ -282,7 +287,7 @@ def decode(
     schedule = hidden_after(wanted, self.rounds)
     for k, hidden in enumerate(schedule):
         logits, weights = self.network(tokens, present, features, maps)
-        collected += [w[:, :, present].mean((1, 2)) for w in weights]
+        collected.append([w[:, :, present] for w in weights])
         codes, confidence = guess(logits, noise[:, k, 0], self.temperature, self.confidence)
         fading = self.choice_temperature * (1 - (k + 1) / len(schedule))
         confidence = (confidence + fading * gumbel(noise[:, k, 1])).masked_fill(~present, -torch.inf)
@@ -306,7 +311,22 @@ def attention(
     self: DiscreteDiffusionHead, features: Features, noise: Tensor | None = None
 ) -> Tensor:  # [B, L], sums to one per sample
     """Where the action tokens look: cross-attention, mean over heads, blocks, tokens and rounds."""
-    return torch.stack(self.decode(features, noise, maps=True)[1]).mean(0)
+    return mean_attention(self.decode(features, noise, maps=True)[1])
+
+
+@patch
+def attention_steps(
+    self: DiscreteDiffusionHead, features: Features, noise: Tensor | None = None
+) -> list[list[Tensor]]:  # per round and block [B, heads, T, L]
+    """The same before any mean is taken, but that over the tokens of an action."""
+    rounds = self.decode(features, noise, maps=True)[1]
+    return [[weights.unflatten(2, (self.horizon, -1)).mean(3) for weights in step] for step in rounds]
+
+
+@patch
+def attention_values(self: DiscreteDiffusionHead, features: Features) -> list[tuple[Tensor, Tensor]]:
+    """What each block looks at, [B, heads, L, d], and what each head makes of it, [heads, d, W]."""
+    return [block.cross.values_out(features.hidden) for block in self.network.blocks]
 
 # %% ../../../nbs/models/heads/80_discrete_diffusion.ipynb #shows003
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not in a notebook

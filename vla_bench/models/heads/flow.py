@@ -142,13 +142,13 @@ def note_attention(
     velocity: Callable[
         [Tensor, Tensor], tuple[Tensor, list[Tensor]]
     ],  # to v and maps [B, heads, T, L] per block
-    looks: list[Tensor],  # gets one [B, L] per step and block
+    looks: list[list[Tensor]],  # gets the maps of each step
 ) -> Callable[[Tensor, float], Tensor]:  # for `euler`
     """A velocity that writes down where its actions look."""
 
     def noted(x: Tensor, t: float) -> Tensor:
         predicted, maps = velocity(x, torch.full(x.shape[:1], t, device=x.device))
-        looks.extend(weights.mean((1, 2)) for weights in maps)
+        looks.append(maps)
         return predicted
 
     return noted

@@ -20,14 +20,15 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..attention_map import mean_attention
 from ..features import Features
 from vla_bench.models.heads.flow import (
+    Steer,
     check_delay,
     check_prefix,
     clean_prefix,
     euler,
     euler_behind,
-    Steer,
     euler_steered,
     euler_times,
     flow_loss,
@@ -86,6 +87,7 @@ class DiTFlowHead(ActionHead):
 
     continues = True
     offers_attention = True
+    offers_attention_steps = True
     embodiment_specific = True
     masks_actions = True
     sample_time = staticmethod(sample_time_gr00t)  # training times, 0 is noise
@@ -280,19 +282,32 @@ def sample(
 
 # %% ../../../nbs/models/heads/40_flow_matching.ipynb #flma0033
 @patch
-def attention(
+def attention_steps(
     self: DiTFlowHead, features: Features, noise: Tensor | None = None
-) -> Tensor:  # [B, L], sums to one per sample
-    """Where the action tokens look: cross-attention, mean over heads, blocks, actions and Euler steps.
-
-    `noise` is [B, T, D], x_0.
-    """
+) -> list[list[Tensor]]:  # per Euler step and looking block [B, heads, T, L]
+    """Where the action tokens look: their cross-attention. `noise` is [B, T, D], x_0."""
     x = initial_noise(self, noise, len(features.hidden), features.hidden.device)
     encoded, looks = self.encode_context(features), []
     velocity = note_attention(lambda x, time: self.velocity(x, time, encoded, maps=True), looks)
     times = euler_times(self.steps)
     euler(hold_absent(velocity, x, encoded.action_mask, times), x, times)
-    return torch.stack(looks).mean(0)
+    return looks
+
+
+@patch
+def attention(
+    self: DiTFlowHead, features: Features, noise: Tensor | None = None
+) -> Tensor:  # [B, L], sums to one per sample
+    """The mean over heads, blocks, actions and Euler steps."""
+    return mean_attention(self.attention_steps(features, noise))
+
+
+@patch
+def attention_values(self: DiTFlowHead, features: Features) -> list[tuple[Tensor, Tensor]]:
+    """What the looking blocks look at, [B, heads, L, d], and what each head makes of it, [heads, d, W]."""
+    seen = self.contexts(self.encode_context(features))
+    pairs = [(block, self.dit.context_of(i, seen)) for i, block in enumerate(self.dit.blocks)]
+    return [block.attention.values_out(context) for block, context in pairs if context is not None]
 
 # %% ../../../nbs/models/heads/40_flow_matching.ipynb #cce83dd2
 def text_and_image_turns(

@@ -97,6 +97,14 @@ class ActionHead(nn.Module):
     continues = False  # whether `sample` takes `prefix`, actions that are decided already, and `steer`
     rtc_max_delay = 0  # how many first actions may be decided already in training: see `heads.flow`
     offers_attention = False  # whether `attention` tells where the actions look
+    offers_attention_steps = (
+        False  # whether `attention_steps` tells it per denoising step, layer, head and action
+    )
+    attends_state = False  # whether the column behind the prompt in `attention_steps` is the state's
+    queries_in_order = (
+        False  # of a head that reads "queries": whether query k of K decides the k-th K-th of the chunk
+    )
+    differentiable = True  # whether the actions of `sample` have a gradient
     embodiment_specific = False  # whether it can have weights for each robot
     masks_actions = False  # whether it leaves out, sample by sample, what `Features.action_mask` says
     adaptive_norm = False  # whether time enters through the norms and the state through the prompt (π0.5)
@@ -157,6 +165,22 @@ def attention(
     self: ActionHead, features: Features, noise: Tensor | None = None
 ) -> Tensor:  # [B, L], sums to one
     """Where in the prompt the actions look. Only for heads with `offers_attention`."""
+    raise NotImplementedError
+
+
+@patch
+def attention_steps(
+    self: ActionHead, features: Features, noise: Tensor | None = None
+) -> list[list[Tensor]]:  # per denoising step and looking layer [B, heads, T, L or more]
+    """The same before any mean is taken. Only for heads with `offers_attention_steps`."""
+    raise NotImplementedError
+
+
+@patch
+def attention_values(
+    self: ActionHead, features: Features
+) -> list[tuple[Tensor, Tensor]]:  # per looking layer [B, heads, L, d] and [heads, d, W]
+    """What is looked at, and what each head makes of it. Only for heads with `offers_attention_steps`."""
     raise NotImplementedError
 
 # %% ../../../nbs/models/heads/00_head.ipynb #head0025

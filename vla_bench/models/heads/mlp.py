@@ -63,6 +63,7 @@ class MLPHead(ActionHead):
     """Regresses T/K actions from each of K query tokens with an L1 loss (OpenVLA-OFT, §4)."""
 
     reads = "queries"
+    queries_in_order = True
     masks_actions = True
 
     def __init__(

@@ -127,6 +127,18 @@ def attention(self: Heads, features: Features, noise: Tensor | None = None) -> T
     return self.chosen.attention(features, noise)
 
 
+@patch(as_prop=True)
+def differentiable(self: Heads) -> bool:
+    """Whether the actions of the policy's head have a gradient."""
+    return self.chosen.differentiable
+
+
+@patch(as_prop=True)
+def offers_attention_steps(self: Heads) -> bool:
+    """Whether the policy's head tells where the actions look per denoising step, layer, head and action."""
+    return self.chosen.offers_attention_steps
+
+
 @patch
 def layer_classes(self: Heads) -> set[type[nn.Module]]:
     """The repeated blocks of all heads."""

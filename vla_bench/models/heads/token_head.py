@@ -39,6 +39,7 @@ class TokenHead(ActionHead):
     """A head without weights: the language model generates the action in the codec's tokens."""
 
     reads = "tokens"
+    differentiable = False  # the likeliest token is a choice
 
     def __init__(
         self,

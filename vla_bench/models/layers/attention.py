@@ -62,6 +62,10 @@ class Attention(nn.Module):
         """What can be looked at."""
         return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
 
+    def values_out(self, context: Tensor) -> tuple[Tensor, Tensor]:  # [B, heads, M, d] and [heads, d, W]
+        """What is looked at, and what each head makes of it."""
+        return self.split_heads(self.to_v(context)), self.to_out.weight.T.unflatten(0, (self.heads, -1))
+
 # %% ../../../nbs/models/layers/00_attention.ipynb #tion0015
 @patch
 def attend(
