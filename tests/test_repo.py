@@ -169,6 +169,10 @@ def test_export_and_clean_change_nothing(tmp_path, monkeypatch):
 # Experiments on runs that exist: they have no configuration to change.
 WITHOUT_CONFIG = {
     "live": {"server", "run", "dataset", "episode", "every", "requests", "seed"},
+    "real_time": {
+        *("run", "benchmark", "tasks", "episodes", "first_seed", "delays", "steps", "methods", "max_steps"),
+        "output",
+    },
     "faithfulness": {"runs", "dataset", "report_episodes", "choice_episodes", "frames_per_episode"},
 }
 
