@@ -53,4 +53,4 @@ def test_a_study_measures_every_map_and_every_null_on_every_frame(known):
     assert set(found.gains) == {"donor", "blur"} == set(found.random)
     assert all(set(each) == names for each in found.gains.values())
     assert {len(values) for each in found.gains.values() for values in each.values()} == {6}
-    assert found.band("donor", "occlusion", "attention").low > 0
+    assert found.band("donor", "occlusion", "attention").mean > 0
