@@ -1,4 +1,4 @@
-# make setup | quickstart | check | test | fuzz | resume | slurm | clients | libero | simpler | lowest | mutants | docs | browser | lab | smoke | figures | speed | format | clean
+# make setup | quickstart | check | test | fuzz | resume | slurm | clients | libero | simpler | lowest | mutants | docs | browser | lab | smoke | figures | speed | format | hook | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -27,7 +27,7 @@ SAMPLE ?= 0
 SEED ?= 0
 AGAIN ?=
 
-.PHONY: setup system quickstart check test fuzz resume slurm clients libero simpler lowest mutants docs browser smoke figures speed format lab clean
+.PHONY: setup system quickstart check test fuzz resume slurm clients libero simpler lowest mutants docs browser smoke figures speed format hook lab clean
 setup: $(BIN)/.ready system
 
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -193,6 +193,10 @@ format: setup
 	nbdev-clean
 	for folder in experiments figures; do nbdev-clean --fname $$folder; done
 	cp nbs/templates/*.ipynb vla_bench/templates/
+
+# Before each commit with notebooks: are they clean, and is the package what they export?
+hook: setup
+	install .ci/pre-commit "$$(git rev-parse --git-path hooks)/pre-commit"
 
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 lab: setup

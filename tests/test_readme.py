@@ -45,6 +45,9 @@ ELSEWHERE = {
         "needs a cluster", "tests/training/test_slurm.py::test_a_launched_job_that_makes_room_continues"),
     "vla_bench launch experiments/train.ipynb -p config experiments/configs/quickstart.yaml --cluster slurm --gpus 1 --sweep seed=0,1,2,3": (
         "needs a cluster", "tests/training/test_slurm.py::test_a_launched_sweep_is_an_array"),
+    "make libero": ("downloads assets", "tests/benchmarks/test_libero_demos.py::test_the_expert_succeeds_from_official_initial_states"),
+    "vla_bench graph RUN GRAPH --onnx": (
+        "needs the extra onnx", "tests/serving/test_exported.py::test_onnx_computes_the_same"),
     "make lab": ("opens a browser", "tests/test_readme.py::test_jupyterlab_is_installed"),
     "make lowest": ("downloads other versions", "tests/test_readme.py::test_what_make_lowest_runs_exists"),
     "make format": ("writes the notebooks anew", "tests/test_repo.py::test_export_and_clean_change_nothing"),
@@ -117,7 +120,9 @@ HERE = list({tuple(essence(each)): each for each in reversed(ALL) if each not in
 def small(command: str) -> list[str]:
     """The words of a command that is run: shorter, through the options that a user has, and otherwise as it stands."""
     words = shlex.split(filled(command).replace("--episodes 25", "--episodes 1"))
-    if words[0] == "papermill":
+    if words[:2] == ["papermill", "experiments/live.ipynb"]:
+        words += ["-p", "requests", "4"]
+    elif words[0] == "papermill":
         words += [] if "overrides" in words else ["-p", "overrides", ""]
         i = words.index("overrides") + 1
         words[i] = re.sub(r" trainer.max_train_steps=\d+", "", words[i])
@@ -204,6 +209,12 @@ WRITTEN = {
 }
 
 
+# That the pages make with mkdir, as papermill asks for.
+FOLDERS = {
+    Path(name) for made in re.findall(r"^mkdir -p (.*)$", prose("README.md"), re.M) for name in made.split()
+}
+
+
 def run_here(command: str, clone: Path, server) -> None:
     """Runs a command in the copy, after the one that writes what it reads."""
     words = small(command)
@@ -213,6 +224,8 @@ def run_here(command: str, clone: Path, server) -> None:
             first = next(each for each in HERE if re.search(writer, each))
             if first != command:
                 run_here(first, clone, server)
+    if words[0] == "papermill" and (folder := Path(words[2]).parent) in FOLDERS:
+        (clone / folder).mkdir(parents=True, exist_ok=True)
     program = words[1:] if words[0] == "python" else ["-m", *words]
     done = server({"program": program, "cwd": str(clone), "env": {"PYTHONPATH": str(clone)}})
     assert done["returncode"] == 0, done["output"][-4000:]

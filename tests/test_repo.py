@@ -57,6 +57,7 @@ CROSS_CUTTING = {
     "test_docs.py": "the documentation: what is pasted from it, its links, its reference",
     "test_guides.py": "the pages for those who come from other codebases",
     "test_grid.py": "every backbone with every head that can read it",
+    "test_hook.py": "the git hook for notebooks",
     "test_notebooks.py": "every notebook",
     "test_programs.py": "every component's module, run as a program",
     "test_readme.py": "the README and the documentation's first page",
@@ -168,6 +169,10 @@ def test_export_and_clean_change_nothing(tmp_path, monkeypatch):
 # Experiments on runs that exist: they have no configuration to change.
 WITHOUT_CONFIG = {
     "live": {"server", "run", "dataset", "episode", "every", "requests", "seed"},
+    "real_time": {
+        *("run", "benchmark", "tasks", "episodes", "first_seed", "delays", "steps", "methods", "max_steps"),
+        "output",
+    },
     "faithfulness": {"runs", "dataset", "report_episodes", "choice_episodes", "frames_per_episode"},
 }
 

@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .files import write_text
 from .own_code import import_kept, import_named, kept_code
-from .registry import FRAMEWORKS, HEADS, RegistryError, suggest
+from .registry import FRAMEWORKS, HEADS, RegistryError, suggest, suggest_run
 from .settings import get_setting, project_root
 
 # %% ../nbs/20_config.ipynb #e487e4bd
@@ -627,7 +627,8 @@ def read_yaml(
     path = path / "config.yaml" if path.is_dir() else path
     if not path.is_file():
         beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"no configuration at {path}{suggest(path.name, beside) if beside else ''}")
+        told = suggest(path.name, beside) if beside else suggest_run(source)
+        raise FileNotFoundError(f"no configuration at {path}{told}")
     try:
         text = path.read_text(encoding="utf-8")
         tree = OmegaConf.load(path)

@@ -6,8 +6,9 @@ Docs: https://vla-bench.github.io/vla_bench/registry.html.md"""
 
 # %% auto #0
 __all__ = ['EXTRAS', 'OWN', 'MAKE_KNOWN', 'READS', 'LOADING', 'FRAMEWORKS', 'BACKBONES', 'VISION_BACKBONES', 'PROJECTORS',
-           'LLM_BACKBONES', 'HEADS', 'BENCHMARKS', 'RegistryError', 'nearest', 'suggest', 'Known', 'install_hint',
-           'check_arguments', 'arguments_of', 'call_fault', 'Contract', 'contract_faults', 'check_contract', 'Registry']
+           'LLM_BACKBONES', 'HEADS', 'BENCHMARKS', 'RegistryError', 'nearest', 'suggest', 'suggest_run', 'Known',
+           'install_hint', 'check_arguments', 'arguments_of', 'call_fault', 'Contract', 'contract_faults',
+           'check_contract', 'Registry']
 
 # %% ../nbs/10_registry.ipynb #13f32b5c
 import importlib
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from fastcore.basics import patch
@@ -41,6 +43,15 @@ def suggest(
     tail = f"choices: {', '.join(choices)}" if choices else "there are no choices"
     near = nearest(word, choices)
     return f"; {tail}" if near is None else f"; did you mean {near!r}? {tail}"
+
+
+def suggest_run(folder: str | Path) -> str:
+    """The runs beside a folder that does not exist, as the tail of an error message; empty where there are none."""
+    beside = Path(folder).parent
+    if Path(folder).exists() or not beside.is_dir():
+        return ""
+    runs = [each.name for each in beside.iterdir() if (each / "config.yaml").is_file()]
+    return suggest(Path(folder).name, runs) if runs else ""
 
 # %% ../nbs/10_registry.ipynb #4b0c7531
 @dataclass(frozen=True)
@@ -477,6 +488,8 @@ BENCHMARKS = Registry(
     "vla_bench.benchmarks",
     {
         "metaworld": Known("vla_bench.benchmarks.metaworld", ("MetaWorld",)),
+        "metaworld_mt50_lerobot": Known("vla_bench.benchmarks.metaworld_mt50"),
+        "metaworld_mt50_starvla": Known("vla_bench.benchmarks.metaworld_mt50"),
         "libero_spatial": Known("vla_bench.benchmarks.libero"),
         "libero_object": Known("vla_bench.benchmarks.libero"),
         "libero_goal": Known("vla_bench.benchmarks.libero"),

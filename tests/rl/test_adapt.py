@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_each_update_learns_from_new_scenes(config, monkeypatch):
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_what_was_rewarded_becomes_more_likely(algorithm, config, rewarded):
-    changes = f"--rl.algorithm {algorithm} --rl.epochs 4 --rl.groups 4"
+    changes = f"--rl.algorithm {algorithm} --rl.epochs 4 --rl.groups 4 --trainer.learning_rate 1e-4"
     adaptation = set_up(config(changes))
     with adaptation.collector:
         groups = play_groups(adaptation, 4)
@@ -90,7 +91,7 @@ def test_what_was_rewarded_becomes_more_likely(algorithm, config, rewarded):
     row = learn(adaptation, batch)
     gain = in_batches(adaptation.learner, batch.decisions, 8)["log_prob"] - batch.log_probs
     assert 0 < rewards.mean() < 1
-    assert gain[rewards == 1].mean() > 0.02 > -0.02 > gain[rewards == 0].mean()
+    assert gain[rewards == 1].mean() > 0.005 > -0.005 > gain[rewards == 0].mean()
     assert row["rl/update_kl"] > 0
 
 
@@ -183,3 +184,8 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(overrides, s
     with pytest.raises(ConfigError, match=said):
         train(config(overrides))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_notebook_of_an_adaptation_runs_on_its_own(server):
+    done = server({"notebook": str(Path(__file__).parents[2] / "experiments/rl.ipynb")})
+    assert done["returncode"] == 0, done["output"][-4000:]

@@ -1,13 +1,20 @@
 """Chunks that go on from others: a prefix through policy, server and client; the times; a delayed server on a clock."""
 
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from vla_bench.config import ConfigError
+from vla_bench.benchmarks.point import PointReach
+from vla_bench.config import ConfigError, load_config
 from vla_bench.data.layout import Layout, PolicySpec
 from vla_bench.data.normalize import Normalizer, Statistics
+from vla_bench.evaluation.rollout import EvaluationSettings, build_benchmark, run_episode
+from vla_bench.evaluation.statistics import success_interval
 from vla_bench.models.backbones.tiny import write_tiny
 from vla_bench.models.frameworks.build import build_framework
 from vla_bench.serving.checks import message_from
@@ -26,7 +33,9 @@ from vla_bench.serving.real_time import (
 )
 from vla_bench.serving.replay import RandomPolicy, ReplayPolicy
 from vla_bench.serving.server import serve_in_thread
+from vla_bench.training.imitation import train
 
+ROOT = Path(__file__).parents[2]
 H = 8
 SPEC = PolicySpec(
     action=Layout(("dx", "dy")),
@@ -329,3 +338,97 @@ def seam(policy, method, delay=2, steps=4, looks=6):
 def test_the_seam_of_a_delayed_server_is_smaller_than_without_a_prefix(policy):
     naive = seam(policy, None)
     assert seam(policy, "ramp") < 0.75 * naive and seam(policy, "guided") < 0.3 * naive
+
+
+# The notebook
+
+
+@pytest.fixture(scope="module")
+def flow_run(tmp_path_factory):
+    """A run of one step with a head that flows, on the data of `point`."""
+    home = tmp_path_factory.mktemp("real_time")
+    fixtures = ROOT / "tests/fixtures/version_0_1"
+    head = {**HEADS["GR00T"], "rtc_max_delay": 1, "num_layers": 1, "num_inference_timesteps": 2}
+    model = {
+        "name": "GR00T",
+        "vlm": {"base_vlm": str(fixtures / "tiny")},
+        "action_horizon": 4,
+        "action_model": head,
+    }
+    trainer = {
+        "max_train_steps": 1,
+        "warmup_steps": 0,
+        "per_device_batch_size": 2,
+        "num_workers": 0,
+        "learning_rate": 1e-3,
+    }
+    data = {"vla_data": {"root": str(fixtures / "dataset")}}
+    tree = {
+        "run_root_dir": str(home),
+        "run_id": "flow",
+        "framework": model,
+        "datasets": data,
+        "trainer": trainer,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        return train(load_config(tree))
+
+
+def notebook(**parameters):
+    """What the notebook finds with these parameters."""
+    cells = json.loads((ROOT / "experiments/real_time.ipynb").read_text(encoding="utf-8"))["cells"]
+    names: dict = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+            if "parameters" in cell["metadata"].get("tags", ()):
+                assert parameters.keys() <= names.keys()
+                names |= parameters
+    return names
+
+
+def test_the_notebook_measures_each_method_at_each_delay(flow_run, tmp_path, capsys):
+    small = {
+        "run": str(flow_run),
+        "benchmark": "point",
+        "episodes": 1,
+        "steps": 2,
+        "max_steps": 7,
+        "delays": [0, 1],
+    }
+    names = notebook(**small, output=str(tmp_path / "rows.csv"))
+    told, table = capsys.readouterr().out, names["table"]
+    tasks = PointReach().tasks()
+    assert f"{8 * len(tasks)} episodes" in told and "takes trained, guided, ramp" in told
+    assert [*table.index] == [(d, m) for d in (0, 1) for m in ("none", "ramp", "guided", "trained")]
+    assert set(table.n) == {len(tasks)} and np.isfinite(table.jump).all() and (table.jump > 0).all()
+    for (low, high), k in zip(table[["low", "high"]].to_numpy(), table.successes):
+        assert (low, high) == success_interval(k, len(tasks))
+    rows = names["results"]
+    assert (tmp_path / "rows.csv").read_text().count("\n") == 1 + len(rows)
+    figure = plt.gcf()
+    assert [len(axes.lines) > 0 for axes in figure.axes] == [True, True]
+    plt.close("all")
+    # without a delay and a method, what is carried out is what an evaluation carries out
+    settings = EvaluationSettings(benchmark="point", n_action_steps=2, max_steps=7)
+    scenes, policy = build_benchmark(settings, names["spec"]), Policy.from_pretrained(flow_run)
+    for row in rows[(rows.method == "none") & (rows.delay == 0)].itertuples():
+        record, _ = run_episode(policy, scenes, row.task, row.seed, settings, record=False)
+        assert (record["steps"], record["success"]) == (row.steps, row.success)
+    free, held = (rows[(rows.method == m) & (rows.delay == 0)].reset_index() for m in ("none", "trained"))
+    assert np.allclose(free.jump, held.jump, atol=1e-6)  # of no delay, nothing is decided
+
+
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        ({"delays": [2]}, "delays must be at most the run's rtc_max_delay, 1"),
+        ({"delays": [2], "steps": 1, "methods": ["none"]}, "steps must be from the delay"),
+        ({"methods": ["guide"]}, "methods must be of"),
+        ({"delays": 3}, "delays"),
+    ],
+)
+def test_the_notebook_refuses_what_the_run_cannot_do(flow_run, wrong, told):
+    with pytest.raises(ConfigError, match=told):
+        notebook(**{"run": str(flow_run), "benchmark": "point", "steps": 2, **wrong})

@@ -72,7 +72,7 @@ def installed_versions(benchmark: str) -> dict[str, str]:
 # %% ../../nbs/benchmarks/30_maniskill.ipynb #0b068b11
 VULKAN_HINT = (
     "SAPIEN draws through Vulkan: with a GPU its driver brings it; without one install Mesa's lavapipe 23 or newer "
-    "(Debian 12: mesa-vulkan-drivers from bookworm-backports) and set VK_ICD_FILENAMES to its lvp_icd.json and "
+    "(Debian 12: from bookworm-backports, .ci/software-vulkan unpacks it) and set VK_ICD_FILENAMES to its json file and "
     "LD_LIBRARY_PATH to the folder of its libraries"
 )
 

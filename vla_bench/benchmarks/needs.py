@@ -106,13 +106,13 @@ def nvidia_gpu() -> str | None:
     found = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
     return ", ".join(found) or None
 
-# %% ../../nbs/benchmarks/70_needs.ipynb #944db31a
+# %% ../../nbs/benchmarks/70_needs.ipynb #e22c2f1f
 EGL = Need("EGL", egl_library, lambda: EGL_HINT)
 VULKAN = Need("a Vulkan driver", vulkan_drivers, lambda: maniskill.VULKAN_HINT)
 GPU = Need("an NVIDIA GPU", nvidia_gpu, lambda: "this simulator runs on no CPU")
 SIMULATORS: dict[str, tuple[str, list[Need]]] = {  # name: the benchmarks of it, what it needs
     "metaworld": (
-        "metaworld",
+        "metaworld, metaworld_mt50_lerobot, metaworld_mt50_starvla",
         [
             package_need("metaworld", install_hint("metaworld"), ("3",)),
             package_need("mujoco", install_hint("metaworld")),

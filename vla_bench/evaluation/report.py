@@ -24,7 +24,7 @@ from .rollout import read_episodes, with_current_keys
 from .statistics import INTERVALS, coverage, rate_interval, summarize
 from .suites import mean_interval
 from ..files import Kind, check_fields, read_json, read_manifest
-from ..registry import suggest
+from ..registry import suggest, suggest_run
 
 # %% ../../nbs/evaluation/20_report.ipynb #00c9a7ec
 def load_evaluations(
@@ -37,7 +37,9 @@ def load_evaluations(
     found = {name: evaluation for name, evaluation in loaded.items() if evaluation is not None}
     if not found:
         parts = [folder for folder in folders if (folder / "shards").is_dir()]
-        cure = f"its shards are not merged yet: vla_bench merge {parts[0]}" if parts else "evaluate first"
+        cure = f"evaluate first{suggest_run(run)}"
+        if parts:
+            cure = f"its shards are not merged yet: vla_bench merge {parts[0]}"
         raise FileNotFoundError(f"no evaluation in {run}: expected eval/<benchmark>/episodes.jsonl; {cure}")
     return found
 

@@ -228,7 +228,7 @@ def keep_reference(run: Run, source: Path, steps: int | None) -> None:
 
 def protocol(adaptation: Adaptation) -> dict[str, Any]:
     """What of the section `evaluation` decides what is learned."""
-    names = ("benchmark", "n_action_steps", "max_steps", "batch_size")
+    names = ("benchmark", "n_action_steps", "max_steps", "batch_size", "variation")
     return {"tasks": adaptation.tasks} | {name: vars(adaptation.evaluation)[name] for name in names}
 
 # %% ../../nbs/rl/70_adapt.ipynb #rlada019

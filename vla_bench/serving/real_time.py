@@ -233,22 +233,29 @@ class DelayedServer:
         chunk, self.waiting = self.waiting[1], None
         return chunk
 
-
+# %% ../../nbs/serving/52_real_time.ipynb #rtrun005
 class RealTimeRunner:
     """An observation in, an action out, at every control step, while the next chunk is computed."""
 
-    def __init__(self, clock: RealTime, server: DelayedServer, method: str | None = None, slope: str = "exp"):
-        self.clock, self.server = clock, server
-        self.method, self.slope = (
-            method,
-            slope,
-        )  # method: see `METHODS`; None: chunks know nothing of each other
+    def __init__(
+        self,
+        clock: RealTime,
+        server: DelayedServer,
+        method: str | None = None,  # see `METHODS`; None: chunks know nothing of each other
+        slope: str = "exp",
+    ):
+        self.clock, self.server, self.method, self.slope = clock, server, method, slope
+        self.seams: list[np.ndarray] = []  # [D] each
+
+    def wants_observation(self) -> bool:
+        """Whether the next `act` reads its observation; nobody has to render another one."""
+        self._receive()  # first: after a chunk that came too late it looks again at once
+        return self.clock.wants_chunk()
 
     def act(self, observation: Any) -> np.ndarray:  # [D]
         """The action for now. Raises as `RealTime` does."""
         clock = self.clock
-        self._receive()  # before it looks: after a chunk that came too late it looks again at once
-        if clock.wants_chunk():
+        if self.wants_observation():
             first = clock.chunk is None
             prefix = clock.prefix(self.method, self.slope) if self.method else None
             if not self.method:
@@ -261,5 +268,8 @@ class RealTimeRunner:
         return clock.take()
 
     def _receive(self) -> None:
-        if (chunk := self.server.answer(self.clock.now)) is not None:
-            self.clock.add(chunk)
+        if (chunk := self.server.answer(self.clock.now)) is None:
+            return
+        old, begin, now = self.clock.chunk, self.clock.chunk_begin, self.clock.now
+        if self.clock.add(chunk) and old is not None and now - begin < len(old):
+            self.seams.append(chunk[now - self.clock.chunk_begin] - old[now - begin])

@@ -47,6 +47,7 @@ from vla_bench.files import (
 )
 from ..models.frameworks.alone import ALONE, without_policy
 from ..models.frameworks.framework import Framework
+from ..registry import suggest_run
 from .retention import BEST, best_step
 
 # %% ../../nbs/training/10_checkpoint.ipynb #9c36d4a5
@@ -75,6 +76,7 @@ def find_checkpoint(
     if not known:
         raise FileNotFoundError(
             f"{folder} holds no checkpoint; a run folder has checkpoints/step_*, a checkpoint has policy.json"
+            f"{suggest_run(folder)}"
         )
     if checkpoint == "latest":
         return list(known.values())[-1]
