@@ -151,3 +151,13 @@ def test_math_is_drawn_without_a_network(lab, window):
     drawn = "return document.querySelector('mjx-container')?.getBoundingClientRect().width > 50"
     window.wait(drawn, "an equation")
     window.keep("math")
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_an_executed_notebook_is_small_and_shows_no_warning(name, executed):
+    path = EXECUTED.with_name(f"{name}.ipynb")
+    outputs = [output for cell in json.loads(path.read_text())["cells"] for output in cell.get("outputs", [])]
+    assert path.stat().st_size < 3_000_000
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    texts = ["".join(output.get("text", output.get("data", {}).get("text/plain", ""))) for output in outputs]
+    assert not [text for text in texts if "Warning" in text or "Box(children" in text]
