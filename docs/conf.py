@@ -38,7 +38,8 @@ def own_branch(app, pagename, templatename, context, doctree):
     """The sidebar shows the sections, and within the reader's own; all pages in each would be a third of the size."""
     from furo.navigation import get_navigation_tree
 
-    tree = context["toctree"](collapse=True, titles_only=True, maxdepth=-1, includehidden=True)
+    depth = 2 if pagename.startswith("reference/") else -1  # a package there has dozens of modules
+    tree = context["toctree"](collapse=True, titles_only=True, maxdepth=depth, includehidden=True)
     context["furo_navigation_tree"] = get_navigation_tree(tree)
 
 

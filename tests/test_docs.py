@@ -196,3 +196,19 @@ def test_every_page_of_the_guides_is_listed():
 
     written = {path.stem for path in (ROOT / "docs/pages/guides").glob("*.md")}
     assert written <= {*build.GUIDES} and json.dumps(build.SECTIONS)
+
+
+def test_a_built_page_loses_what_it_repeats_and_keeps_its_code(tmp_path):
+    import lighter
+
+    icons = '<svg xmlns="http://www.w3.org/2000/svg" style="display: none;"><symbol/></svg>'
+    code = '<pre><span class="k">if</span> a <span class="o">&gt;</span> b:\n\n    c</pre>'
+    (tmp_path / "_static").mkdir()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/page.html").write_text(f"<body>\n\n  {icons}\n\n<input>\n   {code}\n</body>")
+    lighter.lighten(tmp_path)
+    assert (tmp_path / "a/page.html").read_text() == (
+        '<body>\n<script src="../_static/icons.js"></script><input>\n'
+        '<pre><span class="k">if</span> a &gt; b:\n\n    c</pre>\n</body>'
+    )
+    assert "<symbol/>" in (tmp_path / "_static/icons.js").read_text()
