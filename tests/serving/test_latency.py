@@ -124,6 +124,7 @@ def live(capsys, **parameters):
     """What the notebook prints with these parameters."""
     cells = json.loads((ROOT / "experiments/live.ipynb").read_text(encoding="utf-8"))["cells"]
     names: dict = {}
+    plt.close("all")  # what tests before this one have left open
     for cell in cells:
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
