@@ -94,3 +94,7 @@ def test_a_merged_evaluation_is_not_overwritten_by_other_outcomes(play):
     with pytest.raises(ValueError, match="has another outcome in"):
         merge_shards(out)
     assert log.read_bytes() == before
+
+
+def test_the_rates_of_a_part_are_nobodys_to_find(play):
+    assert not list(play(2).rglob("summary.json"))

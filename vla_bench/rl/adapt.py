@@ -7,9 +7,10 @@ Docs: https://vla-bench.github.io/vla_bench/rl/adapt.html.md"""
 # %% auto #0
 __all__ = ['MEANINGLESS', 'COUNTED', 'SHOWN', 'check_trainer', 'denoising_steps', 'set_denoising_steps', 'check_denoising_steps',
            'Adaptation', 'only_head_learns', 'load_policy', 'make_learners', 'own_weights', 'make_rl_optimizer',
-           'keep_reference', 'protocol', 'save', 'restore', 'set_up', 'load_policy_weights', 'check_acting', 'assemble',
-           'total', 'play_groups', 'Played', 'play', 'Batch', 'expected', 'credit', 'decisions_loss', 'optimizer_step',
-           'learn', 'update_row', 'Collapse', 'check_update', 'update', 'fit', 'train', 'trained_policy', 'main']
+           'keep_reference', 'protocol', 'save', 'restore', 'read_sections', 'set_up', 'load_policy_weights',
+           'check_acting', 'assemble', 'total', 'play_groups', 'Played', 'play', 'Batch', 'expected', 'credit',
+           'decisions_loss', 'optimizer_step', 'learn', 'update_row', 'Collapse', 'check_update', 'update', 'fit',
+           'train', 'trained_policy', 'main']
 
 # %% ../../nbs/rl/70_adapt.ipynb #rlada003
 if __name__ == "__main__" and "__file__" in globals() and not __package__:
@@ -280,19 +281,19 @@ def restore(adaptation: Adaptation, checkpoint: Path, optimizer: torch.optim.Opt
         adaptation.learner.load_state_dict(adaptation.learner.state_dict() | beside)
 
 # %% ../../nbs/rl/70_adapt.ipynb #rlada020
-def set_up(cfg: Config) -> Adaptation:
-    """An adaptation at its beginning, or at its newest checkpoint. Raises `ConfigError` before anything is written."""
+def read_sections(cfg: Config) -> tuple[TrainerSettings, RLSettings, EvaluationSettings]:
+    """The sections `trainer`, `rl` and `evaluation`. Raises `ConfigError` for what does not fit together."""
     cfg.require_sections()
-    trainer, settings, evaluation = (
-        cfg.section(name).into(kind)
-        for name, kind in (
-            ("trainer", TrainerSettings),
-            ("rl", RLSettings),
-            ("evaluation", EvaluationSettings),
-        )
-    )
+    kinds = {"trainer": TrainerSettings, "rl": RLSettings, "evaluation": EvaluationSettings}
+    trainer, settings, evaluation = (cfg.section(name).into(kind) for name, kind in kinds.items())
     check_trainer(trainer)
     check_scenes(settings, evaluation, trainer)
+    return trainer, settings, evaluation
+
+
+def set_up(cfg: Config) -> Adaptation:
+    """An adaptation at its beginning, or at its newest checkpoint. Raises `ConfigError` before anything is written."""
+    trainer, settings, evaluation = read_sections(cfg)
     account = cfg.get("wandb_project"), cfg.get("wandb_entity")
     top = RunSettings(cfg["run_root_dir"], cfg["run_id"], cfg["seed"] if "seed" in cfg else 0, *account)
     trackers = tracker_names(trainer.trackers, top.wandb_project)
